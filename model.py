@@ -1,0 +1,469 @@
+"""
+A GPT whose attention is pluggable. Read it from top to bottom:
+
+    1. the attentions: each one a formula, and the registry that names them
+    2. the model: GPT-2's blocks around whichever attention was chosen
+    3. what the training loop asks of it: pretrained weights, optimizer, MFU, sampling
+
+Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size, V vocabulary,
+L the fixed length by which pointwise attention is divided.
+
+Departures from GPT-2: `attn_type`, biases that can be left out (`bias=False`), and nothing else.
+State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------
+# Attention
+#
+# y = A v, with A[i, j] = 0 for j > i. Softmax (SM) normalises each row of A. All others have one
+# form: a score, a pointwise function of it, zeros above the diagonal, times v. With c = 1/sqrt(hs):
+#
+#     score 'dot'        x[i, j] = c q_i . k_j
+#     score 'distance'   x[i, j] = -c/2 |q_i - k_j|^2      (never positive)
+
+
+class Pointwise(NamedTuple):
+    """An attention without normalisation: A[i, j] = f(x[i, j]), divided by L where `by_length`."""
+
+    score: str  # 'dot' or 'distance'
+    f: Callable[..., Tensor]  # elementwise on a tensor of scores, any shape
+    by_length: bool = False
+
+
+def gaussian_poly(x: Tensor, n: int) -> Tensor:
+    """(1 + x / 2^n)^(2^n), by n squarings: exp(x) as n grows, while -2^(n+1) <= x <= 0."""
+    a = 1 + x / 2**n
+    for _ in range(n):
+        a = a * a
+    return a
+
+
+# One line here is all that a new attention takes. In a name that ends in `-n`, n is a whole number
+# that the user chooses (GKpoly-8) and that f receives as its keyword argument n.
+POINTWISE = {
+    "GK": Pointwise("distance", torch.exp),
+    "GKpoly-n": Pointwise("distance", gaussian_poly),
+    "PA_gelu": Pointwise("dot", F.gelu, by_length=True),
+    "PA_relu": Pointwise("dot", F.relu, by_length=True),
+    "PA_sigmoid": Pointwise("dot", torch.sigmoid, by_length=True),
+    "PA_square": Pointwise("dot", torch.square, by_length=True),
+    "PA_relu-square": Pointwise("dot", lambda x: F.relu(x).square(), by_length=True),
+    "PA_silu": Pointwise("dot", F.silu, by_length=True),
+    "PA_tanh": Pointwise("dot", torch.tanh, by_length=True),
+    "PA_softplus": Pointwise("dot", F.softplus, by_length=True),
+    "PA_identity": Pointwise("dot", lambda x: x, by_length=True),
+}
+ATTN_TYPES = ("SM", *POINTWISE)
+MAX_N = 16  # in float32, 1 + x / 2^n keeps 24 - n bits of x: beyond 16 squarings it is mostly noise
+
+
+def parse_attn_type(attn_type: str) -> Pointwise | None:
+    """The registry entry that `attn_type` names, with n filled in; None for softmax.
+
+    Raises ValueError, naming the valid types, for anything else.
+    """
+    if attn_type == "SM":
+        return None
+    for name, variant in POINTWISE.items():
+        if name.endswith("-n"):
+            match = re.fullmatch(re.escape(name[:-1]) + r"(\d{1,2})", str(attn_type), re.ASCII)
+            if match and 1 <= int(match[1]) <= MAX_N:
+                return variant._replace(f=partial(variant.f, n=int(match[1])))
+        elif attn_type == name:
+            return variant
+    raise ValueError(
+        f"attn_type={attn_type!r} is not known; it is one of {', '.join(ATTN_TYPES)}, with n a whole number from 1 to {MAX_N}"
+    )
+
+
+def scores(q: Tensor, k: Tensor, score: str) -> Tensor:
+    """x[i, j] as defined above, for every i and j: (B, nh, T, hs) x 2 -> (B, nh, T, T)."""
+    c = 1 / math.sqrt(q.size(-1))
+    x = c * (q @ k.mT)
+    if score == "distance":  # -c/2 |q - k|^2 = c q.k - c/2 |q|^2 - c/2 |k|^2
+        x = x - c / 2 * q.square().sum(-1)[..., :, None] - c / 2 * k.square().sum(-1)[..., None, :]
+    return x
+
+
+def pointwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor: float, dropout: float = 0.0
+) -> Tensor:
+    """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
+
+    Scores and weights are at least float32, whatever autocast asks for: a distance between
+    half-precision vectors is a small difference of large numbers.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        x = scores(q.to(wide), k.to(wide), variant.score)
+        # The mask comes after f, as zeros. Scores that it hides are set to 0 as well: an overflow
+        # among them (GKpoly far out of range) would come back as 0 * inf in the gradient.
+        A = variant.f(x.tril()).tril() / divisor
+        return (F.dropout(A, dropout) @ v.to(wide)).to(v.dtype)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal softmax attention by torch's fused kernels: (B, nh, T, hs) x 3 -> (B, nh, T, hs)."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def attention(
+    attn_type: str, block_size: int, pa_length_power: float = 1.0
+) -> Callable[..., Tensor]:
+    """The causal attention that `attn_type` names, as a callable (q, k, v, dropout=0.0) -> y.
+
+    `block_size` is L, the length that the model was trained with: PA_f divides by
+    L ** pa_length_power, never by the length of the present input, so that a row does not depend
+    on what follows it. Raises ValueError for an unknown attn_type.
+    """
+    variant = parse_attn_type(attn_type)
+    if variant is None:
+        return softmax_attention
+    divisor = float(block_size) ** pa_length_power if variant.by_length else 1.0
+    return partial(pointwise_attention, variant=variant, divisor=divisor)
+
+
+# ----------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = (
+        True  # biases in Linear and LayerNorm, like GPT-2; False is a bit better and faster
+    )
+    # From here on nanoGPT has no such key
+    attn_type: str = "SM"
+    pa_length: int | None = None  # L of PA_f; None: block_size. Cropping the model leaves it alone
+    pa_length_power: float = 1.0
+    gelu: str = (
+        "none"  # 'none' is the exact GELU of nanoGPT, 'tanh' the approximation of OpenAI's GPT-2
+    )
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        variant = parse_attn_type(self.attn_type)
+        if self.pa_length is None and variant is not None and variant.by_length:
+            self.pa_length = self.block_size
+
+    def model_args(self) -> dict:
+        """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default.
+
+        So nanoGPT can load a softmax checkpoint: it knows no other keys.
+        """
+        nanogpt = {f.name for f in fields(self)[:7]}
+        default = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k in nanogpt or v != default[k]}
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, under nanoGPT's state-dict names."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.attend = attention(
+            config.attn_type, config.pa_length or config.block_size, config.pa_length_power
+        )
+
+    def forward(self, x):
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, nh, T, hs), no copy
+        y = self.attend(q, k, v, dropout=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: N(0, 0.02) for every matrix, zero biases; the projections that write to the
+        residual stream are scaled by 1/sqrt(2 n_layer), as there are 2 n_layer of them."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith("c_proj")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V) and the mean cross-entropy in nats.
+
+        Without `targets` (B, T; -1 is ignored) only the last position's logits are computed,
+        (B, 1, V), and the loss is None. Raises ValueError if T > block_size.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters. The position embeddings are left out by default; the token
+        embeddings are not, since they are the output layer's weights too."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, e.g. of GPT-2 from 1024. L of PA_f stays what it was."""
+        if not 0 < block_size <= self.config.block_size:
+            raise ValueError(
+                f"block_size={block_size} is not within 1..{self.config.block_size}, the model's own"
+            )
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        self.transformer.wpe.num_embeddings = block_size
+
+    # ------------------------------------------------------------------------
+    # What the scripts ask of it
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
+        """GPT-2 weights from transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the hub name
+        or local folder of any model of that architecture.
+
+        `override_args` may hold dropout, attn_type and pa_length_power. Raises OSError if the
+        weights can't be had, ValueError if the model is not a GPT-2 that this class can express.
+        """
+        from transformers import AutoConfig, GPT2LMHeadModel
+
+        override_args = override_args or {}
+        unknown = override_args.keys() - {"dropout", "attn_type", "pa_length_power"}
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} can't be overridden in {model_type}")
+        try:
+            hf_config = AutoConfig.from_pretrained(model_type)
+            config = cls._config_from_hf(hf_config, model_type, override_args)
+            state = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
+        except OSError as error:
+            raise OSError(
+                f"no weights for {model_type!r}: it is neither a folder here, nor in the hub's cache "
+                "(HF_HOME, by default ~/.cache/huggingface), nor could it be downloaded "
+                f"({type(error).__name__})"
+            ) from error
+
+        model = cls(config)
+        # OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
+        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        ours = model.state_dict()
+        with torch.no_grad():
+            for name, weight in ours.items():
+                source = state[name]
+                weight.copy_(source.t() if name.endswith(conv1d) else source)
+        return model
+
+    @staticmethod
+    def _config_from_hf(hf, name: str, override_args: dict) -> GPTConfig:
+        gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+        if hf.model_type != "gpt2":
+            raise ValueError(
+                f"{name!r} is a {hf.model_type} model; only the GPT-2 architecture fits"
+            )
+        if (
+            hf.activation_function not in gelu
+            or hf.n_inner not in (None, 4 * hf.n_embd)
+            or not hf.scale_attn_weights
+            or hf.scale_attn_by_inverse_layer_idx
+            or hf.layer_norm_epsilon != 1e-5
+            or not hf.tie_word_embeddings
+        ):
+            raise ValueError(
+                f"{name!r} departs from GPT-2 (see its config.json) in a way not built here"
+            )
+        return GPTConfig(
+            block_size=hf.n_positions,
+            vocab_size=hf.vocab_size,
+            n_layer=hf.n_layer,
+            n_head=hf.n_head,
+            n_embd=hf.n_embd,
+            bias=True,
+            gelu=gelu[hf.activation_function],
+            **override_args,
+        )
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple, device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW, fused where the device has it. Matrices and embeddings decay; biases and
+        LayerNorm gains don't."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def estimate_mfu(
+        self, fwdbwd_per_iter: int, dt: float, seq_len: int | None = None, peak: float | None = None
+    ) -> float | None:
+        """Model FLOPs utilisation: the share of `peak` (FLOP/s, default: this GPU's in bf16) that
+        `fwdbwd_per_iter` sequences of `seq_len` tokens (default: block_size) in `dt` seconds use.
+
+        None where the peak is not known. A token costs 6 N + 12 n_layer C T FLOPs, whatever the
+        attention does (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+        """
+        device = self.lm_head.weight.device
+        peak = peak or peak_flops(
+            torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        )
+        if peak is None:
+            return None
+        T = seq_len or self.config.block_size
+        per_token = 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        return per_token * T * fwdbwd_per_iter / dt / peak
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+    ) -> Tensor:
+        """Append `max_new_tokens` drawn tokens to idx: (B, T) -> (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token. Ids from `vocab_size` on are never drawn: pass the
+        tokenizer's size where the model's vocabulary is padded. Call `eval()` first.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(
+                idx[:, -self.config.block_size :]
+            )  # the context is cropped from the left
+            logits = logits[:, -1, :vocab_size].float()  # (B, V)
+            if temperature == 0:
+                idx_next = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+                    logits = logits.masked_fill(logits < kth, -float("inf"))
+                idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, idx_next), dim=1)
+        return idx
+
+
+# Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets (fp16 for V100 and T4).
+# The first name found in the device's name counts.
+PEAK_TFLOPS = {
+    "B300": 2250,
+    "B200": 2250,
+    "H200 NVL": 835,
+    "H200": 989,
+    "GH200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A40": 150,
+    "RTX A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "T4": 65,
+    "V100": 125,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+    "MI250X": 383,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bf16 FLOP/s that the data sheet of the GPU promises; None if it is not in the table."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return tflops * 1e12
+    return None
