@@ -2,14 +2,170 @@
 Configuration of every script: defaults in the script < config files < --key=value.
 
     python train.py config/train_11.py --attn_type=SM --max_iters=500
+    python train.py train_11 --eval_only            # bare name of a config; --key alone: true
 
-A script declares its keys as a dataclass: type, default, and a trailing comment that `--help` shows.
-Config files are Python that assigns those keys; they are run, so they are trusted like the script
-itself. Values on the command line are data: they are parsed by the key's type, never evaluated.
-Later ones win. Anything wrong is a UserError: one line on stderr, exit code 2.
+A script declares its keys as a dataclass: name, type, default, and a trailing comment that `--help`
+shows. Config files are Python that assigns those keys; they are run, so trust them as you trust the
+script. Values on the command line are data: parsed by the key's type, never evaluated. The later
+one wins. A mistake is a UserError: one line on stderr, exit code 2.
 """
+
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+CONFIG_DIR = Path(__file__).parent / "config"
 
 
 class UserError(Exception):
     """A mistake that the user can repair. Its text is one line: what was given, what is allowed,
     and the command that repairs it."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def parse(Config: type, argv: list[str]) -> dict:
+    """The keys that `argv` sets, by config files or by --key=value, as {key: value of its type}.
+
+    Prints the help and exits where `--help` is asked for. Raises UserError for an unknown key (with
+    the nearest known one), a value of the wrong type or outside its rule, and a missing file.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Config))
+        sys.exit(0)
+    values = {}
+    for arg in argv:
+        if not arg.startswith("-"):
+            values.update(read_config_file(Config, arg))
+            continue
+        match = re.fullmatch(r"--([^=]+)(?:=(.*))?", arg, re.DOTALL)
+        if match is None:
+            raise UserError(f"{arg!r} is not understood; write --key=value, or see --help")
+        key, text = match.groups("true")  # a lone --key is --key=true
+        values[known(Config, key, arg)] = convert(Config, key, text, arg)
+    check_rules(values)
+    return values
+
+
+def read_config_file(Config: type, name: str) -> dict:
+    """Run a config file, given by path or by its bare name in config/; return what it sets."""
+    path = next((p for p in (Path(name), CONFIG_DIR / f"{name}.py") if p.is_file()), None)
+    if path is None:
+        names = sorted(p.stem for p in CONFIG_DIR.glob("*.py"))
+        raise UserError(f"no config file {name!r}, here or in config/: there is {', '.join(names)}")
+    namespace = {"__file__": str(path)}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
+    except Exception as error:  # whatever the user's Python raises, it is told in one line
+        traceback = error.__traceback__.tb_next
+        line = error.lineno if isinstance(error, SyntaxError) else traceback and traceback.tb_lineno
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    values = {}
+    for key, value in namespace.items():
+        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue  # helpers of the file itself
+        source = f"{key} = {value!r} in {path}"
+        values[known(Config, key, source)] = convert(Config, key, value, source)
+    return values
+
+
+def known(Config: type, key: str, source: str) -> str:
+    """`key`, if it is one of Config's; otherwise a UserError with the nearest one."""
+    keys = [f.name for f in fields(Config)]
+    if key in keys:
+        return key
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
+    raise UserError(f"unknown key {key!r} ({source}); {hint}")
+
+
+def convert(Config: type, key: str, value: object, source: str) -> object:
+    """`value` as the type of `key`: text is parsed, ints widen to float, nothing else changes type.
+
+    'none' and 'auto', in any case, mean None for the keys that may be None.
+    """
+    hint = typing.get_type_hints(Config)[key]
+    options = typing.get_args(hint) or (hint,)
+    if type(None) in options and (value is None or str(value).lower() in ("none", "auto")):
+        return None
+    for kind in options:
+        if isinstance(value, str) and kind is not str:
+            text = value.strip()
+            try:
+                if kind is bool:
+                    return {"true": True, "false": False}[text.lower()]
+                value = kind(text)
+            except (KeyError, ValueError):
+                continue
+        if type(value) is int and kind is float:
+            value = float(value)
+        if type(value) is kind and not (kind is float and not math.isfinite(value)):
+            return value
+    wanted = " or ".join("None" if o is type(None) else o.__name__ for o in options)
+    raise UserError(f"{source}: {key} must be {wanted}")
+
+
+# What a single value must satisfy, whichever script reads it
+RULES = [
+    (
+        lambda v: v >= 1,
+        "must be at least 1",
+        "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
+        "eval_iters log_interval num_samples max_new_tokens top_k steps",
+    ),
+    (
+        lambda v: v >= 0,
+        "must not be negative",
+        "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
+        "pa_length_power temperature seed warmup",
+    ),
+    (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
+    (
+        lambda v: v in ("float32", "bfloat16", "float16"),
+        "must be float32, bfloat16, float16 or auto",
+        "dtype",
+    ),
+    (lambda v: v < 2**63, "must be below 2^63", "seed"),
+]
+
+
+def check_rules(values: dict) -> None:
+    """Raise UserError for the first value that no script could use."""
+    for holds, rule, keys in RULES:
+        for key in keys.split():
+            if values.get(key) is not None and not holds(values[key]):
+                raise UserError(f"{key}={values[key]} is impossible: {key} {rule}")
+
+
+def help_text(Config: type) -> str:
+    """Every key of Config with its default and its comment, under the section comments."""
+    lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), ""]
+    lines += ["Keys, set by a config file or as --key=value:"]
+    for cls in reversed(Config.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if section := re.fullmatch(r"    # (.*)", line):
+                lines += ["", section[1]]
+            elif key := re.fullmatch(r"    (\w+): [^=]+ = (.*?)  # (.*)", line):
+                default = "auto" if key[2] == "None" else key[2]
+                lines.append(f"  --{key[1]}={default}".ljust(38) + f" {key[3]}")
+    return "\n".join(lines)

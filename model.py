@@ -5,8 +5,8 @@ A GPT whose attention is pluggable. Read it from top to bottom:
     2. the model: GPT-2's blocks around whichever attention was chosen
     3. what the training loop asks of it: pretrained weights, optimizer, MFU, sampling
 
-Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size, V vocabulary,
-L the fixed length by which pointwise attention is divided.
+Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size,
+V vocabulary, L the fixed length by which pointwise attention is divided.
 
 Departures from GPT-2: `attn_type`, biases that can be left out (`bias=False`), and nothing else.
 State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
@@ -14,9 +14,10 @@ State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -83,7 +84,8 @@ def parse_attn_type(attn_type: str) -> Pointwise | None:
         elif attn_type == name:
             return variant
     raise ValueError(
-        f"attn_type={attn_type!r} is not known; it is one of {', '.join(ATTN_TYPES)}, with n a whole number from 1 to {MAX_N}"
+        f"attn_type={attn_type!r} is not known; it is one of {', '.join(ATTN_TYPES)}, "
+        f"with n a whole number from 1 to {MAX_N}"
     )
 
 
@@ -158,11 +160,16 @@ class GPTConfig:
     )
 
     def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive whole number")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f"gelu={self.gelu!r} is neither 'none' nor 'tanh'")
         variant = parse_attn_type(self.attn_type)
-        if self.pa_length is None and variant is not None and variant.by_length:
-            self.pa_length = self.block_size
+        by_length = variant is not None and variant.by_length
+        self.pa_length = (self.pa_length or self.block_size) if by_length else None
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default.
@@ -293,7 +300,7 @@ class GPT(nn.Module):
         """Shorten the context, e.g. of GPT-2 from 1024. L of PA_f stays what it was."""
         if not 0 < block_size <= self.config.block_size:
             raise ValueError(
-                f"block_size={block_size} is not within 1..{self.config.block_size}, the model's own"
+                f"block_size={block_size} is not in 1..{self.config.block_size}, the model's own"
             )
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
@@ -307,13 +314,13 @@ class GPT(nn.Module):
         """GPT-2 weights from transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the hub name
         or local folder of any model of that architecture.
 
-        `override_args` may hold dropout, attn_type and pa_length_power. Raises OSError if the
-        weights can't be had, ValueError if the model is not a GPT-2 that this class can express.
+        `override_args` may hold dropout, attn_type, pa_length and pa_length_power. Raises OSError
+        if the weights can't be had, ValueError if the model is not a GPT-2 as this class has it.
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
         override_args = override_args or {}
-        unknown = override_args.keys() - {"dropout", "attn_type", "pa_length_power"}
+        unknown = override_args.keys() - {"dropout", "attn_type", "pa_length", "pa_length_power"}
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))} can't be overridden in {model_type}")
         try:
@@ -322,8 +329,8 @@ class GPT(nn.Module):
             state = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
         except OSError as error:
             raise OSError(
-                f"no weights for {model_type!r}: it is neither a folder here, nor in the hub's cache "
-                "(HF_HOME, by default ~/.cache/huggingface), nor could it be downloaded "
+                f"no weights for {model_type!r}: neither a folder here, nor in the hub's cache "
+                "(HF_HOME, by default ~/.cache/huggingface), nor to be downloaded "
                 f"({type(error).__name__})"
             ) from error
 
@@ -341,9 +348,7 @@ class GPT(nn.Module):
     def _config_from_hf(hf, name: str, override_args: dict) -> GPTConfig:
         gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
         if hf.model_type != "gpt2":
-            raise ValueError(
-                f"{name!r} is a {hf.model_type} model; only the GPT-2 architecture fits"
-            )
+            raise ValueError(f"{name!r} is a {hf.model_type} model; only GPT-2's architecture fits")
         if (
             hf.activation_function not in gelu
             or hf.n_inner not in (None, 4 * hf.n_embd)
@@ -432,6 +437,7 @@ class GPT(nn.Module):
 # Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets (fp16 for V100 and T4).
 # The first name found in the device's name counts.
 PEAK_TFLOPS = {
+    "GB200": 2500,
     "B300": 2250,
     "B200": 2250,
     "H200 NVL": 835,

@@ -1,0 +1,121 @@
+"""
+Checkpoints: atomic and durable save, strict load that runs nothing.
+
+The format is nanoGPT's: a dict of model (state dict), optimizer, model_args, iter_num (updates
+done),
+best_val_loss and config, to which we add tokenizer and scaler. It is written to a temporary name,
+flushed to the disk and renamed, so that under its own name a checkpoint is always whole.
+"""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+
+LATEST, BEST = "ckpt.pt", "best.pt"
+
+
+def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
+    """Write folder/ckpt.pt, and the same file as folder/best.pt if it is the best so far."""
+    path = folder / LATEST
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_best:  # a second name for the same bytes, which stay when ckpt.pt is replaced
+        link = folder / (BEST + ".tmp")
+        link.unlink(missing_ok=True)
+        os.link(temporary, link)
+        os.replace(link, folder / BEST)
+    os.replace(temporary, path)
+    if os.name == "posix":
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)  # the renames too are on the disk now
+        os.close(directory)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint of this project or of nanoGPT onto the CPU.
+
+    Its state dict comes back without the prefixes that torch.compile and DDP leave, checked against
+    the shapes that model_args promise. Raises UserError if the file is missing, damaged, holds
+    anything but plain data and tensors, or contradicts itself.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} holds more than plain data, and is not loaded: {reason}"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged or not a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
+
+    if not isinstance(checkpoint["model"], dict) or not isinstance(checkpoint["model_args"], dict):
+        raise UserError(f"{path} is not a checkpoint: model and model_args must be dictionaries")
+    checkpoint.setdefault("config", {})
+
+    prefixes = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile leave
+    checkpoint["model"] = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
+    check_state(checkpoint["model"], config_of(checkpoint, path), path)
+    return checkpoint
+
+
+def config_of(checkpoint: dict, path: Path, **overrides) -> GPTConfig:
+    """The GPTConfig that a checkpoint's model_args and `overrides` describe."""
+    try:
+        return GPTConfig(**{**checkpoint["model_args"], **overrides})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a model that can't be built: {error}") from error
+
+
+def check_state(state: dict, config: GPTConfig, path: Path) -> None:
+    """Raise UserError unless names and shapes are those of GPT(config), of which none is built."""
+    n_layer = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+    if n_layer != config.n_layer:
+        raise UserError(f"{path} has {n_layer} layers, but its model_args say {config.n_layer}")
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    odd = sorted(expected.keys() ^ state.keys())
+    if odd:
+        raise UserError(f"{path} is of another architecture: {odd[0]} is missing or unknown")
+    for name, tensor in expected.items():
+        if not isinstance(state[name], torch.Tensor) or state[name].shape != tensor.shape:
+            got = tuple(getattr(state[name], "shape", ()))
+            raise UserError(
+                f"{path} is of another architecture: {name} is {got}, not {tuple(tensor.shape)}"
+            )
+
+
+def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
+    """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type."""
+    model = GPT(config_of(checkpoint, path, **overrides))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler) -> tuple[int, float]:
+    """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss."""
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        iter_num, best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint has no state to resume from ({error}); use --init_from=finetune"
+        ) from error
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
+    return iter_num, best_val_loss

@@ -1,0 +1,150 @@
+"""
+Token files, and batches as a pure function of (seed, split, step, micro-step).
+
+A data set is a folder data/NAME with train.bin and val.bin, raw little-endian token ids, and
+meta.json: vocab_size, dtype, tokenizer (with its chars, if it is a character-level one), lengths,
+SHA-256 and source. nanoGPT's folders are read too: bins alone are GPT-2 BPE in uint16, and a
+meta.pkl goes through an unpickler that can build nothing but plain containers.
+
+No random state is kept: which tokens a batch holds follows from its numbers alone. So a resumed run
+sees the batches that it would have seen, the world size may change between runs, and evaluating
+more often changes nothing.
+"""
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+DATA_DIR = Path(__file__).parent / "data"
+SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (about a second)
+
+# What a random number is for: the last word of the generator's key
+TRAIN, EVAL, DROPOUT = range(3)
+
+
+def random_bits(seed: int, purpose: int, step: int, micro_step: int, n: int) -> np.ndarray:
+    """n random uint64 that depend on nothing but the arguments (Philox, a counter-based generator:
+    Salmon et al. 2011). Raw bits, since numpy promises that these never change between versions."""
+    return np.random.Philox(key=[seed, purpose], counter=[0, 0, micro_step, step]).random_raw(n)
+
+
+def dropout_seed(seed: int, step: int, micro_step: int) -> int:
+    """The seed for torch's generators in one micro-step of training."""
+    return int(random_bits(seed, DROPOUT, step, micro_step, 1)[0] >> np.uint64(1))
+
+
+class Dataset:
+    """The two token files of one data set, opened and checked.
+
+    `meta` is what meta.json says; `vocab_size` bounds the ids. Raises UserError if the folder, a
+    file or the metadata is missing, damaged or contradicts itself.
+    """
+
+    def __init__(self, name: str, data_dir: str | Path | None = None):
+        self.folder = data_folder(name, data_dir)
+        self.name = name
+        prepare = Path("data") / name / "prepare.py"
+        if (DATA_DIR / name / "prepare.py").is_file():
+            self.repair = f"python {prepare}" + (f" --out {self.folder}" if data_dir else "")
+        else:
+            self.repair = f"python data/char/prepare.py --input YOUR.txt --out {self.folder}"
+        self.meta = read_meta(self.folder)
+        self.vocab_size = self.meta["vocab_size"]
+        # What a checkpoint keeps, so that it can be sampled by itself
+        self.tokenizer = {k: self.meta[k] for k in ("tokenizer", "chars") if k in self.meta}
+        self.tokens = {split: self._open(split) for split in ("train", "val")}
+
+    def _open(self, split: str) -> np.ndarray:
+        path = self.folder / f"{split}.bin"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: prepare the data with  {self.repair}")
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        size, expected = path.stat().st_size, self.meta.get(f"{split}_tokens")
+        if size == 0 or size % dtype.itemsize or expected not in (None, size // dtype.itemsize):
+            told = "" if expected is None else f", {expected * dtype.itemsize:,} in meta.json"
+            raise UserError(
+                f"{path} is damaged: {size:,} bytes{told}; prepare it again with  {self.repair}"
+            )
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        if size <= SCAN_LIMIT:
+            self._check_ids(tokens, split)
+        return tokens
+
+    def _check_ids(self, tokens: np.ndarray, split: str) -> None:
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise UserError(
+                f"{self.folder / split}.bin holds token id {largest}, but vocab_size is "
+                f"{self.vocab_size}; prepare it again with  {self.repair}"
+            )
+
+    def check_length(self, block_size: int) -> None:
+        """Raise UserError if a split has no room for one sequence and its targets."""
+        for split, tokens in self.tokens.items():
+            if len(tokens) <= block_size:
+                raise UserError(
+                    f"{self.folder / split}.bin has {len(tokens)} tokens, which is too short for "
+                    f"block_size={block_size}; pass --block_size={max(1, len(tokens) - 1)} or less"
+                )
+
+    def batch(
+        self, split: str, purpose: int, seed: int, step: int, micro_step: int, B: int, T: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, int64 (B, T) each: B random windows, targets one token later."""
+        tokens = self.tokens[split]
+        starts = random_bits(seed, purpose, step, micro_step, B) % np.uint64(len(tokens) - T)
+        windows = starts.astype(np.int64)[:, None] + np.arange(T + 1)  # (B, T + 1)
+        window = tokens[windows]
+        self._check_ids(window, split)
+        window = torch.from_numpy(window.astype(np.int64))
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def data_folder(name: str, data_dir: str | Path | None = None) -> Path:
+    """The folder of data set `name`, which is a name and never a path."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"dataset={name!r} is not a name; the data sets are {known_datasets()}")
+    return (Path(data_dir) if data_dir else DATA_DIR) / name
+
+
+def known_datasets() -> str:
+    return ", ".join(sorted(p.parent.name for p in DATA_DIR.glob("*/prepare.py")))
+
+
+def read_meta(folder: Path) -> dict:
+    """The metadata of a data set: of meta.json, of nanoGPT's meta.pkl, or what bins alone imply."""
+    if (path := folder / "meta.json").is_file():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); prepare the data again") from error
+    elif (path := folder / "meta.pkl").is_file():
+        meta = read_meta_pickle(path)
+    else:  # nanoGPT's openwebtext: GPT-2 BPE, two bytes a token
+        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
+    fits = {"uint16": 2**16, "uint32": 2**32}.get(isinstance(meta, dict) and meta.get("dtype"), 0)
+    vocab_size = meta.get("vocab_size") if fits else None
+    if not (type(vocab_size) is int and 0 < vocab_size <= fits):
+        raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
+    return meta
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_meta_pickle(path: Path) -> dict:
+    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as our metadata; nothing in it is run."""
+    try:
+        old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        chars = "".join(old["itos"][i] for i in range(old["vocab_size"]))
+    except Exception as error:  # a pickle can fail in any way
+        raise UserError(f"{path} is not a plain meta.pkl of nanoGPT: {error}") from error
+    return {"vocab_size": len(chars), "dtype": "uint16", "tokenizer": "char", "chars": chars}

@@ -1,0 +1,110 @@
+"""
+The machine a script runs on: device, precision, compilation and torchrun's ranks, found once.
+
+What is None in the configuration is found here: the device (cuda, else mps, else cpu), the dtype
+(bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere) and whether to compile
+(on cuda only).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: str  # e.g. 'cuda:0'
+    dtype: str  # of the forward pass: 'float32', 'bfloat16' or 'float16'
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.device).type
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that prints and writes files."""
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass; a no-op in float32."""
+        low = self.dtype != "float32"
+        return torch.autocast(self.device_type, getattr(torch, self.dtype), enabled=low)
+
+    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Move batches; on CUDA from pinned memory, without waiting for the GPU."""
+        if self.device_type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model to train: compiled if asked for, and under DDP if there are several ranks."""
+        if self.compile:
+            model = torch.compile(model)
+        if self.world_size > 1:
+            devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices)
+        return model
+
+    def share(self, n: int) -> range:
+        """This rank's part of n micro-steps, a contiguous range."""
+        return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
+
+    def sum(self, value: float | torch.Tensor) -> float:
+        """A number summed over all ranks. Waits for the device."""
+        total = torch.as_tensor(value).detach().cpu().double()
+        if self.world_size > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.item()
+
+    def print(self, line: str) -> None:
+        """Print once, from the main process."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(
+    device: str | None, dtype: str | None, compile: bool | None, backend: str | None = None
+) -> Runtime:
+    """Find the device, join torchrun's process group if there is one, and return the Runtime.
+
+    Raises UserError for a device that this machine does not have.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if found == "cpu" and torch.backends.mps.is_available():
+        found = "mps"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = device or found
+    if device == "cuda" and world_size > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device} can't be used here; leave it out for {found}") from error
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = dtype or ("bfloat16" if has_bf16 else "float16")
+        compile = True if compile is None else compile
+    if world_size > 1:
+        backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group(backend=backend, timeout=timedelta(minutes=10))
+    return Runtime(device, dtype or "float32", bool(compile), rank, world_size)

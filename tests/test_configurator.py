@@ -1,0 +1,154 @@
+"""configurator.py: defaults < config files < --key=value, and every mistake in one line."""
+
+import re
+from dataclasses import dataclass, fields
+
+import pytest
+from conftest import ROOT, Failed, subprocess_run
+
+import bench
+import sample
+import train
+from configurator import CONFIG_DIR, UserError, help_text, parse
+
+
+@dataclass
+class Config:
+    # Section
+    n_embd: int = 8  # width
+    learning_rate: float = 0.1  # rate
+    bias: bool = False  # biases
+    out_dir: str = "out"  # folder
+    top_k: int | None = 3  # likeliest
+    dtype: str | None = None  # type
+
+
+@pytest.mark.parametrize(
+    "arg, key, value",
+    [
+        ("--n_embd=16", "n_embd", 16),
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=3e-4", "learning_rate", 3e-4),
+        ("--bias=TRUE", "bias", True),
+        ("--bias=false", "bias", False),
+        ("--bias", "bias", True),
+        ("--out_dir=a=b", "out_dir", "a=b"),
+        ("--out_dir=7", "out_dir", "7"),
+        ("--out_dir=", "out_dir", ""),
+        ("--top_k=None", "top_k", None),
+        ("--dtype=auto", "dtype", None),
+        ("--dtype=float32", "dtype", "float32"),
+    ],
+)
+def test_text_becomes_a_value_of_the_keys_type(arg, key, value):
+    parsed = parse(Config, [arg])
+    assert parsed == {key: value} and type(parsed[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "arg, said",
+    [
+        ("--n_embed=16", "did you mean n_embd"),
+        ("--zzz=1", "--help"),
+        ("--n_embd=x", "n_embd must be int"),
+        ("--n_embd=1.5", "n_embd must be int"),
+        ("--n_embd=", "n_embd must be int"),
+        ("--n_embd", "n_embd must be int"),
+        ("--n_embd=-16", "must be at least 1"),
+        ("--learning_rate=nan", "learning_rate must be float"),
+        ("--learning_rate=-1", "must not be negative"),
+        ("--bias=yes", "bias must be bool"),
+        ("--dtype=float8", "float32, bfloat16"),
+        ("--n_embd=__import__('os')", "n_embd must be int"),
+        ("-n_embd=3", "--key=value"),
+        ("no_such_file", "train_11"),
+    ],
+)
+def test_a_wrong_argument_is_told_with_what_is_allowed(arg, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(Config, [arg])
+
+
+def test_the_later_one_wins(tmp_path):
+    (tmp_path / "a.py").write_text("n_embd = 1\nlearning_rate = 2\n")
+    (tmp_path / "b.py").write_text("import math\n_half = 4\nn_embd = 2 * _half\n")
+    a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
+    assert parse(Config, [a, b]) == {"n_embd": 8, "learning_rate": 2.0}
+    assert parse(Config, ["--n_embd=5", a])["n_embd"] == 1
+    assert parse(Config, [a, "--n_embd=5"])["n_embd"] == 5
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("n_embed = 3", "did you mean n_embd"),
+        ("n_embd = '3x'", "n_embd must be int"),
+        ("n_embd = True", "n_embd must be int"),
+        ("bias = 1", "bias must be bool"),
+        ("n_embd = [1]", "n_embd must be int"),
+        ("n_embd = 1 +", "line 1: SyntaxError"),
+        ("\nn_embd = undefined", "line 2: NameError"),
+    ],
+)
+def test_a_wrong_config_file_is_told_with_its_name(tmp_path, text, said):
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        parse(Config, [str(tmp_path / "wrong.py")])
+    assert "wrong.py" in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_accepted_by_path_and_by_bare_name(path):
+    assert parse(train.Config, [str(path)]) == parse(train.Config, [path.stem]) != {}
+
+
+@pytest.mark.parametrize("script", [train, sample, bench], ids=lambda m: m.__name__)
+def test_help_has_a_line_for_every_key(script):
+    Config = getattr(script, "BenchConfig", script.Config)
+    text = help_text(Config)
+    for field in fields(Config):
+        assert re.search(rf"^  --{field.name}=\S.* \w", text, re.MULTILINE), field.name
+
+
+def test_every_key_is_read_somewhere():
+    code = {p.name: p.read_text() for p in ROOT.glob("*.py")}
+    for script, Config in (("train", train.Config), ("sample", sample.Config)):
+        for field in fields(Config):
+            reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script}.py"]))
+            reads += field.name in train.ARCHITECTURE  # read in a loop over the names
+            assert reads > 0, f"{script}.py never reads {field.name}"
+    for name in BENCH_KEYS:
+        assert re.search(rf"config\.{name}\b", code["bench.py"]), name
+
+
+BENCH_KEYS = {f.name for f in fields(bench.BenchConfig)} - {f.name for f in fields(train.Config)}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
+    done = subprocess_run(ROOT / script, "--no_such_key=1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown key") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--n_embd=30", "--n_head=4"], "n_embd=30 must be divisible by n_head=4"),
+        (["--eval_interval=0"], "eval_interval must be at least 1"),
+        (["--batch_size=-1"], "batch_size must be at least 1"),
+        (["--attn_type=gk"], "GKpoly-n"),
+        (["--attn_type=GKpoly"], "GKpoly-n"),
+        (["--device=tpu"], "device=tpu"),
+        (["--device=cuda:99"], "device=cuda:99"),
+        (["--dropout=1"], "below 1"),
+        (["--dataset=../abc"], "not a name"),
+        (["--dataset=nothing"], "prepare.py"),
+        (["--save_dir=x"], "finetune"),
+        (["--init_from=no-such-model"], "scratch, resume, finetune"),
+    ],
+)
+def test_values_that_train_can_not_use(run_train, args, said):
+    with pytest.raises(Failed, match=re.escape(said)) as failed:
+        run_train(*args)
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1

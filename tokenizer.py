@@ -1,0 +1,117 @@
+"""
+Tokenizers: characters, and GPT-2's byte pairs.
+
+Both have vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): the few words from which
+`from_meta` builds the tokenizer again. They are kept in meta.json and in every checkpoint, so that
+a checkpoint alone is enough to sample.
+"""
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # in any text for GPT-2, this is the one token that ends a document
+
+
+class CharTokenizer:
+    """One id per character: the id is the character's place in `chars`, which holds each once."""
+
+    chars_per_token = 1
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.vocab_size = len(chars)
+        self._ids = np.full(0x110000, -1)  # the id of every code point of Unicode
+        self._ids[_code_points(chars)] = np.arange(len(chars))
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int64 (n,). Raises UserError for a character that is not in `chars`."""
+        ids = self._ids[_code_points(text)]
+        if ids.size and ids.min() < 0:
+            unknown = "".join(sorted(set(text) - set(self.chars)))
+            raise UserError(
+                f"the text has characters that this data set has not: {_short(unknown)}; "
+                f"allowed are {_short(self.chars)}"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Raises IndexError for an id from vocab_size on."""
+        return "".join(self.chars[i] for i in ids)
+
+    def meta(self) -> dict:
+        return {"tokenizer": "char", "chars": self.chars}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, by tiktoken; ids as in OpenAI's released models.
+
+    Raises UserError if tiktoken or its two vocabulary files are not to be had.
+    """
+
+    vocab_size = 50257
+    eot = 50256  # the id of END_OF_TEXT
+    chars_per_token = 4  # about, in English
+
+    def __init__(self):
+        self._encoding = _load_gpt2_encoding()
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`. Threads run in parallel
+        here, and most quickly on long texts."""
+        return self._encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, which are below vocab_size; bytes that aren't UTF-8 become U+FFFD."""
+        return self._encoding.decode([int(i) for i in ids])
+
+    def meta(self) -> dict:
+        return {"tokenizer": "gpt2"}
+
+
+def from_meta(meta: dict) -> CharTokenizer | GPT2Tokenizer:
+    """The tokenizer that meta.json or a checkpoint describes. Raises UserError for any other."""
+    match meta:
+        case {"tokenizer": "gpt2"}:
+            return GPT2Tokenizer()
+        case {"tokenizer": "char", "chars": str(chars)} if 0 < len(chars) == len(set(chars)):
+            return CharTokenizer(chars)
+    raise UserError(
+        f"no tokenizer is described by {_short(meta)}; "
+        "allowed are 'gpt2', and 'char' with its chars, each once: prepare the data again"
+    )
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _load_gpt2_encoding():
+    vocab_url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    folder = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    try:
+        import tiktoken
+
+        if not (Path(folder) / hashlib.sha1(vocab_url.encode()).hexdigest()).is_file():
+            # tiktoken will download, and has no time limit: find out here whether it can
+            urllib.request.urlopen(vocab_url, timeout=10).close()
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of tiktoken, requests, urllib, or the file system
+        raise UserError(
+            f"GPT-2's tokenizer is neither in {folder} (TIKTOKEN_CACHE_DIR is {cache or 'not set'}) "
+            f"nor to be downloaded ({type(error).__name__}); copy that folder from a machine that "
+            "has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
+        ) from error
