@@ -84,8 +84,11 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
     n_layer = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
     if n_layer != config.n_layer:
         raise UserError(f"{path} has {n_layer} layers, but its model_args say {config.n_layer}")
-    with torch.device("meta"):
-        expected = GPT(config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = GPT(config).state_dict()
+    except RuntimeError as error:  # sizes beyond all storage
+        raise UserError(f"{path} describes a model that can't be built: {error}") from error
     odd = sorted(expected.keys() ^ state.keys())
     if odd:
         raise UserError(f"{path} is of another architecture: {odd[0]} is missing or unknown")

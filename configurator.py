@@ -19,10 +19,10 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
-CONFIG_DIR = Path(__file__).parent / "config"
+ROOT = Path(__file__).parent
+CONFIG_DIR = ROOT / "config"
 
 
 class UserError(Exception):
@@ -62,14 +62,15 @@ def parse(Config: type, argv: list[str]) -> dict:
         if match is None:
             raise UserError(f"{arg!r} is not understood; write --key=value, or see --help")
         key, text = match.groups("true")  # a lone --key is --key=true
-        values[known(Config, key, arg)] = convert(Config, key, text, arg)
+        values[key] = convert(Config, key, text, arg)
     check_rules(values)
     return values
 
 
 def read_config_file(Config: type, name: str) -> dict:
     """Run a config file, given by path or by its bare name in config/; return what it sets."""
-    path = next((p for p in (Path(name), CONFIG_DIR / f"{name}.py") if p.is_file()), None)
+    places = (Path(name), ROOT / name, CONFIG_DIR / f"{name}.py")
+    path = next((p for p in places if p.is_file()), None)
     if path is None:
         names = sorted(p.stem for p in CONFIG_DIR.glob("*.py"))
         raise UserError(f"no config file {name!r}, here or in config/: there is {', '.join(names)}")
@@ -85,26 +86,22 @@ def read_config_file(Config: type, name: str) -> dict:
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue  # helpers of the file itself
         source = f"{key} = {value!r} in {path}"
-        values[known(Config, key, source)] = convert(Config, key, value, source)
+        values[key] = convert(Config, key, value, source)
     return values
-
-
-def known(Config: type, key: str, source: str) -> str:
-    """`key`, if it is one of Config's; otherwise a UserError with the nearest one."""
-    keys = [f.name for f in fields(Config)]
-    if key in keys:
-        return key
-    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
-    raise UserError(f"unknown key {key!r} ({source}); {hint}")
 
 
 def convert(Config: type, key: str, value: object, source: str) -> object:
     """`value` as the type of `key`: text is parsed, ints widen to float, nothing else changes type.
 
-    'none' and 'auto', in any case, mean None for the keys that may be None.
+    'none' and 'auto', in any case, mean None for the keys that may be None. Raises UserError, which
+    names `source`, for an unknown key (with the nearest known one) or a value of another type.
     """
-    hint = typing.get_type_hints(Config)[key]
+    hints = typing.get_type_hints(Config)
+    if key not in hints:
+        nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+        advice = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
+        raise UserError(f"unknown key {key!r} ({source}); {advice}")
+    hint = hints[key]
     options = typing.get_args(hint) or (hint,)
     if type(None) in options and (value is None or str(value).lower() in ("none", "auto")):
         return None

@@ -104,6 +104,9 @@ def start(
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = dtype or ("bfloat16" if has_bf16 else "float16")
         compile = True if compile is None else compile
+    else:  # a compiled embedding's gradient would be summed in any order; equal runs must be equal
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if world_size > 1:
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
         dist.init_process_group(backend=backend, timeout=timedelta(minutes=10))

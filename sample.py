@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizer as tokenizers
 import torch
 
 import checkpoint as ckpt
 import configurator
 import runtime
+import tokenizer as tokenizers
 from configurator import UserError
 from dataset import data_folder, read_meta
 from model import GPT
@@ -26,9 +26,7 @@ from model import GPT
 @dataclass
 class Config:
     # Model
-    init_from: str = (
-        "resume"  # resume (the checkpoint in out_dir), gpt2[-medium|-large|-xl], a folder
-    )
+    init_from: str = "resume"  # resume (out_dir), gpt2[-medium|-large|-xl], a folder or hub name
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "ckpt.pt"  # ckpt.pt is its last state, best.pt that of the lowest val loss
 
@@ -49,23 +47,22 @@ class Config:
 def load(config: Config) -> tuple[GPT, object]:
     """The model, on the CPU and in eval mode, and its tokenizer. Raises UserError if either can't
     be had."""
-    if config.init_from == "resume":
-        if Path(config.checkpoint).name != config.checkpoint:
-            raise UserError(f"checkpoint={config.checkpoint!r} must be a file name inside out_dir")
-        path = Path(config.out_dir) / config.checkpoint
-        checkpoint = ckpt.load(path)
-        meta = checkpoint.get("tokenizer")
-        if not meta:  # nanoGPT's checkpoints name their data set instead
-            folder = data_folder(str(checkpoint["config"].get("dataset", "openwebtext")))
-            meta = read_meta(folder)
-        model = ckpt.build_model(checkpoint, path, dropout=0.0)
-    else:
-        meta = {"tokenizer": "gpt2"}
+    if config.init_from != "resume":
+        tokenizer = tokenizers.from_meta({"tokenizer": "gpt2"})  # first: it fails sooner
         try:
-            model = GPT.from_pretrained(config.init_from, {"dropout": 0.0})
+            return GPT.from_pretrained(config.init_from, {"dropout": 0.0}).eval(), tokenizer
         except (OSError, ValueError) as error:
-            allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder"
+            allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
             raise UserError(f"{error}; init_from is {allowed}") from error
+
+    if Path(config.checkpoint).name != config.checkpoint:
+        raise UserError(f"checkpoint={config.checkpoint!r} must be a file name inside out_dir")
+    path = Path(config.out_dir) / config.checkpoint
+    checkpoint = ckpt.load(path)
+    meta = checkpoint.get("tokenizer")
+    if not meta:  # nanoGPT's checkpoints name their data set instead
+        meta = read_meta(data_folder(str(checkpoint["config"].get("dataset", "openwebtext"))))
+    model = ckpt.build_model(checkpoint, path, dropout=0.0)
     return model.eval(), tokenizers.from_meta(meta)
 
 

@@ -32,7 +32,7 @@ class CharTokenizer:
         self._ids[_code_points(chars)] = np.arange(len(chars))
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int64 (n,). Raises UserError for a character that is not in `chars`."""
+        """The ids of `text`, int64 (n,). Raises UserError for a character not in `chars`."""
         ids = self._ids[_code_points(text)]
         if ids.size and ids.min() < 0:
             unknown = "".join(sorted(set(text) - set(self.chars)))
@@ -66,6 +66,7 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`. Threads run in parallel
         here, and most quickly on long texts."""
+        text = text.encode("utf-8", "replace").decode()  # tiktoken stumbles over lone surrogates
         return self._encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -111,7 +112,7 @@ def _load_gpt2_encoding():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # of tiktoken, requests, urllib, or the file system
         raise UserError(
-            f"GPT-2's tokenizer is neither in {folder} (TIKTOKEN_CACHE_DIR is {cache or 'not set'}) "
-            f"nor to be downloaded ({type(error).__name__}); copy that folder from a machine that "
-            "has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
+            f"GPT-2's tokenizer is not in {folder} (TIKTOKEN_CACHE_DIR is {cache or 'not set'}), "
+            f"nor can it be downloaded ({type(error).__name__}); copy that folder from a machine "
+            "that has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
         ) from error

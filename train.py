@@ -208,7 +208,11 @@ def build_model(config: Config, given: dict, source: dict | None, data: Dataset)
 
 def overrides_of(config: Config) -> dict:
     """The fields of GPTConfig that may differ from those of the weights a model starts with."""
-    return {key: getattr(config, key) for key in ("attn_type", "dropout", "pa_length_power")}
+    return {
+        "attn_type": config.attn_type,
+        "pa_length_power": config.pa_length_power,
+        "dropout": config.dropout,
+    }
 
 
 def prepare_folder(config: Config, rt: runtime.Runtime) -> Path:

@@ -1,0 +1,88 @@
+"""
+English that every CPython carries, character by character: the default data set, without a network.
+
+    python data/pydocs/prepare.py
+
+It takes the reference topics that help() shows (pydoc_data.topics), and the docstrings of the
+standard library's modules, classes and functions: about 2 MB and 96 characters, the same for the
+same Python. Licence: PSF.
+
+Typographic quotes and dashes become ASCII; a document with anything else that is not printable
+ASCII is left out, and so are repetitions. Documents end with a blank line. They stand in the order
+of their SHA-256, and every tenth is validation, so that both splits are fair samples.
+"""
+
+import ast
+import hashlib
+import platform
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError, run
+from data.common import char_tokenizer, parse_args, prepare_files, split_documents, write_dataset
+
+TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "..."})
+NOT_PROSE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+MIN_CHARS = 200_000
+
+
+def main():
+    args = parse_args(__file__, __doc__)
+    if args.input:
+        prepare_files(args.input, args.out, "char")
+    else:
+        prepare(args.out)
+
+
+def prepare(out: Path) -> None:
+    """Write the data set to `out`. Raises UserError if this Python was stripped of its texts."""
+    documents = clean([*reference_topics(), *docstrings(Path(sysconfig.get_path("stdlib")))])
+    size = sum(map(len, documents))
+    if size < MIN_CHARS:
+        raise UserError(
+            f"{sys.executable} comes with only {size:,} characters of documentation; use a Python "
+            "with its standard library in source form, or pass --input FILE"
+        )
+    pieces = list(split_documents(documents, end="\n\n"))
+    source = f"documentation and docstrings of Python {platform.python_version()}"
+    write_dataset(out, char_tokenizer(pieces), pieces, source, size)
+
+
+def reference_topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return []
+    return list(topics.values())
+
+
+def docstrings(folder: Path) -> Iterator[str]:
+    """The docstrings of all Python files in `folder`, which are parsed and never imported."""
+    for path in folder.rglob("*.py"):
+        if NOT_PROSE.intersection(path.relative_to(folder).parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue  # broken on purpose, or not ours to read
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def clean(documents: list[str]) -> list[str]:
+    """The different documents in printable ASCII, in the order of their SHA-256."""
+    texts = {document.translate(TO_ASCII).strip() for document in documents}
+    ascii_texts = [text for text in texts if re.fullmatch(r"[ -~\n]+", text)]
+    return sorted(ascii_texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+if __name__ == "__main__":
+    run(main)

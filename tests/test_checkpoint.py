@@ -1,0 +1,134 @@
+"""checkpoint.py: nanoGPT's format both ways, a write that is whole or not there, a strict read."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ckpt
+from configurator import UserError
+from model import GPT, GPTConfig
+
+ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=11, dropout=0.0)
+
+
+def nanogpt_checkpoint(prefix="", **args):
+    """A checkpoint with the keys that nanoGPT's train.py writes."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**ARGS, **args}))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    return model, {
+        "model": {prefix + k: v for k, v in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": {**ARGS, **args},
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "shakespeare_char", "device": "cuda", "compile": True},
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_checkpoint_of_nanogpt_loads(tmp_path, prefix, bias):
+    model, saved = nanogpt_checkpoint(prefix, bias=bias)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    loaded = ckpt.load(tmp_path / "ckpt.pt")
+    again = ckpt.build_model(loaded, tmp_path / "ckpt.pt")
+    idx = torch.randint(11, (2, 8))
+    assert torch.equal(model(idx)[0], again(idx)[0])
+    optimizer = again.configure_optimizers(0.2, 1e-3, (0.9, 0.95), "cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert ckpt.restore(loaded, optimizer, scaler) == (7, 1.5)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2  # options are the new run's
+    state = optimizer.state_dict()["state"]
+    for i, entry in saved["optimizer"]["state"].items():
+        assert torch.equal(state[i]["exp_avg"], entry["exp_avg"])
+
+
+def test_what_is_saved_is_plain_data_under_nanogpts_keys(tmp_path):
+    _, saved = nanogpt_checkpoint()
+    ckpt.save(saved, tmp_path)
+    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert raw.keys() == saved.keys()
+    assert not [name for name in raw["model"] if name.startswith(("module.", "_orig_mod."))]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    _, saved = nanogpt_checkpoint()
+    ckpt.save(saved, tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def fail(obj, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        ckpt.save(saved, tmp_path)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_best_stays_when_the_latest_is_replaced(tmp_path):
+    _, saved = nanogpt_checkpoint()
+    ckpt.save({**saved, "iter_num": 1}, tmp_path, is_best=True)
+    ckpt.save({**saved, "iter_num": 2}, tmp_path)
+    assert ckpt.load(tmp_path / "best.pt")["iter_num"] == 1
+    assert ckpt.load(tmp_path / "ckpt.pt")["iter_num"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "ckpt.pt"}
+
+
+def test_a_missing_checkpoint_is_told_with_the_key_that_names_it():
+    with pytest.raises(UserError, match="--out_dir"):
+        ckpt.load(Path("nowhere/ckpt.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 half a zip"])
+def test_a_file_that_is_no_checkpoint_is_told(tmp_path, content):
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(UserError, match="ckpt.pt"):
+        ckpt.load(tmp_path / "ckpt.pt")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(canary), "w"))
+
+    torch.save({"model": Malicious(), "model_args": ARGS}, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Malicious()))
+    for name in ("zip.pt", "pickle.pt"):
+        with pytest.raises(UserError, match=name):
+            ckpt.load(tmp_path / name)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c.pop("model"), "no model and model_args"),
+        (lambda c: c.update(model_args=[1]), "must be dictionaries"),
+        (lambda c: c["model_args"].update(n_layer=3), "2 layers, but its model_args say 3"),
+        (lambda c: c["model_args"].update(n_layer=10**9), "2 layers"),
+        (lambda c: c["model_args"].update(n_embd=32), "of another architecture: .* is"),
+        (lambda c: c["model_args"].update(n_embd=10**12), "can't be built"),
+        (lambda c: c["model_args"].update(bias=True), "of another architecture: .* is missing"),
+        (lambda c: c["model_args"].update(n_head=0), "n_head"),
+        (lambda c: c["model_args"].update(n_head="2"), "n_head"),
+        (lambda c: c["model_args"].update(attn_type="eval"), "attn_type"),
+        (lambda c: c["model_args"].update(new_key=1), "new_key"),
+        (lambda c: c["model"].pop("lm_head.weight"), "lm_head.weight"),
+        (lambda c: c["model"].update({"lm_head.weight": 3}), "lm_head.weight"),
+        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_told(tmp_path, change, said):
+    _, saved = nanogpt_checkpoint()
+    change(saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=said):
+        ckpt.load(tmp_path / "ckpt.pt")

@@ -1,0 +1,163 @@
+"""dataset.py: what a folder must hold, and batches that depend on nothing but their numbers."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_dataset
+
+from configurator import UserError
+from dataset import EVAL, TRAIN, Dataset, random_bits
+
+
+@pytest.fixture
+def abc(data_dir):
+    return Dataset("abc", data_dir)
+
+
+def test_targets_are_the_inputs_one_token_later_at_random_places(abc):
+    x, y = abc.batch("train", TRAIN, seed=1, step=0, micro_step=0, B=64, T=8)
+    assert x.shape == y.shape == (64, 8) and x.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    text = abc.tokens["train"].tobytes()
+    windows = torch.cat([x, y[:, -1:]], 1).numpy().astype("<u2")
+    assert all(row.tobytes() in text for row in windows)
+    assert len(np.unique(windows, axis=0)) > 10
+
+
+def test_a_batch_is_a_function_of_seed_split_step_and_micro_step(abc, data_dir):
+    def batch(split="train", purpose=TRAIN, seed=1, step=3, micro_step=2, data=abc):
+        return data.batch(split, purpose, seed, step, micro_step, B=8, T=16)[0]
+
+    first = batch()
+    torch.manual_seed(99), np.random.seed(99)
+    assert torch.equal(first, batch(data=Dataset("abc", data_dir)))
+    for other in ({"seed": 2}, {"step": 4}, {"micro_step": 3}, {"purpose": EVAL}):
+        assert not torch.equal(first, batch(**other)), other
+
+
+def test_random_bits_never_change():
+    assert random_bits(1337, TRAIN, 5, 1, 2).tolist() == [208852408542721788, 12149193057237555774]
+
+
+def test_the_last_window_of_a_file_can_be_drawn(tmp_path):
+    write_dataset(tmp_path / "short", "ab" * 10)  # 18 tokens for training
+    data = Dataset("short", tmp_path)
+    data.check_length(1)
+    starts = {int(data.batch("train", TRAIN, 0, s, 0, 1, 17)[0][0, 0]) for s in range(5)}
+    assert starts == {0}  # one window of 17 + 1 tokens fits, and it begins with "a"
+
+
+def damage(name):
+    def decorate(change):
+        DAMAGES[name] = change
+        return change
+
+    return decorate
+
+
+DAMAGES = {}
+
+
+@damage("train.bin is missing")
+def _(folder):
+    (folder / "train.bin").unlink()
+
+
+@damage("val.bin is damaged: 0 bytes")
+def _(folder):
+    (folder / "val.bin").write_bytes(b"")
+
+
+@damage("train.bin is damaged")
+def _(folder):
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-7])
+
+
+@damage("in meta.json")
+def _(folder):
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-8])
+
+
+@damage("token id 60000")
+def _(folder):
+    tokens = np.fromfile(folder / "val.bin", "<u2")
+    tokens[-1] = 60000
+    tokens.tofile(folder / "val.bin")
+
+
+@damage("is not JSON")
+def _(folder):
+    (folder / "meta.json").write_text("{")
+
+
+@damage("needs a dtype")
+def _(folder):
+    (folder / "meta.json").write_text('{"vocab_size": 5, "dtype": "float32"}')
+
+
+@damage("vocab_size that fits")
+def _(folder):
+    (folder / "meta.json").write_text('{"vocab_size": 70000, "dtype": "uint16"}')
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_damaged_data_are_told_by_file(data_dir, said):
+    DAMAGES[said](data_dir / "abc")
+    with pytest.raises(UserError, match=said):
+        Dataset("abc", data_dir)
+
+
+def test_data_shorter_than_a_sequence_are_told_with_the_length_that_fits(abc):
+    n = len(abc.tokens["val"])
+    abc.check_length(n - 1)
+    with pytest.raises(UserError, match=f"block_size={n}; pass --block_size={n - 1}"):
+        abc.check_length(n)
+
+
+@pytest.mark.parametrize("name", ["../abc", "/abc", "", ".", "..", "a/b", "a b"])
+def test_a_data_set_is_a_name_and_never_a_path(data_dir, name):
+    with pytest.raises(UserError, match="not a name"):
+        Dataset(name, data_dir)
+
+
+def test_nanogpts_bins_alone_are_gpt2_tokens_in_uint16(data_dir):
+    (data_dir / "abc" / "meta.json").unlink()
+    data = Dataset("abc", data_dir)
+    assert data.vocab_size == 50257 and data.tokenizer == {"tokenizer": "gpt2"}
+
+
+def test_nanogpts_meta_pkl_is_read(data_dir):
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    (data_dir / "abc" / "meta.json").unlink()
+    itos = dict(enumerate(meta["chars"]))
+    old = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    (data_dir / "abc" / "meta.pkl").write_bytes(pickle.dumps(old))
+    data = Dataset("abc", data_dir)
+    assert data.tokenizer == {"tokenizer": "char", "chars": meta["chars"]}
+
+
+def test_a_meta_pkl_that_would_run_code_is_refused(data_dir, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(canary), "w"))
+
+    (data_dir / "abc" / "meta.json").unlink()
+    (data_dir / "abc" / "meta.pkl").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match="not a plain meta.pkl"):
+        Dataset("abc", data_dir)
+    assert not canary.exists()
+
+
+def test_uint32_tokens_are_read(tmp_path):
+    folder = tmp_path / "big"
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.arange(99_000, 99_100, dtype="<u4").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text('{"vocab_size": 100000, "dtype": "uint32"}')
+    x, _ = Dataset("big", tmp_path).batch("train", TRAIN, 0, 0, 0, 2, 5)
+    assert x.min() >= 99_000

@@ -1,0 +1,112 @@
+"""tokenizer.py: what goes in comes out again, and what can't is one clear line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+
+ROOT = Path(__file__).parents[1]
+TIKTOKEN_FILES = ROOT.parent / "shared" / "data" / "tiktoken"
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    if not TIKTOKEN_FILES.is_dir():
+        pytest.skip("GPT-2's vocabulary is not on this machine")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
+    return GPT2Tokenizer()
+
+
+@pytest.mark.parametrize("text", ["", "a", "banana", "naïve \N{GRINNING FACE}\n\0\ttab"])
+def test_characters_survive_the_round_trip(text):
+    tokenizer = CharTokenizer("".join(sorted(set(text + "abn"))))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64 and len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_id_of_a_character_is_its_place_in_chars():
+    assert CharTokenizer("zyx").encode("xyzzy").tolist() == [2, 1, 0, 0, 1]
+
+
+def test_unknown_characters_are_named_and_the_allowed_ones_shown_in_one_line():
+    with pytest.raises(UserError) as error:
+        CharTokenizer("\nabc").encode("a\tb\n€")
+    message = str(error.value)
+    assert r"'\t€'" in message and r"'\nabc'" in message and "\n" not in message
+
+
+def test_a_large_alphabet_is_shown_shortened():
+    with pytest.raises(UserError) as error:
+        CharTokenizer("".join(map(chr, range(0x4E00, 0x6000)))).encode("a")
+    assert len(str(error.value)) < 300
+
+
+def test_an_id_beyond_the_vocabulary_is_not_decoded():
+    with pytest.raises(IndexError):
+        CharTokenizer("ab").decode([0, 2])
+
+
+def test_characters_come_back_from_their_meta():
+    tokenizer = from_meta(CharTokenizer("cab").meta())
+    assert (tokenizer.chars, tokenizer.vocab_size) == ("cab", 3)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        None,
+        {"tokenizer": "bert"},
+        {"tokenizer": "char"},
+        {"tokenizer": "char", "chars": ""},
+        {"tokenizer": "char", "chars": "abca"},
+        {"tokenizer": "char", "chars": ["a", "b"]},
+    ],
+)
+def test_from_meta_takes_nothing_that_it_does_not_know(meta):
+    with pytest.raises(UserError, match="no tokenizer is described"):
+        from_meta(meta)
+
+
+@pytest.mark.parametrize("text", ["", "Hello, world", "naïve \N{GRINNING FACE}\n\n  x\r\n"])
+def test_gpt2_survives_the_round_trip(gpt2, text):
+    ids = gpt2.encode(text)
+    assert ids.dtype == np.int64 and gpt2.decode(ids) == text
+
+
+def test_gpt2_ids_are_those_of_openai(gpt2):
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+
+def test_gpt2_reads_end_of_text_as_one_token(gpt2):
+    assert gpt2.encode("a<|endoftext|>b").tolist() == [64, gpt2.eot, 65]
+
+
+def test_gpt2_takes_a_broken_character_of_the_command_line(gpt2):
+    assert gpt2.decode(gpt2.encode("a\udcffb")) == "a?b"
+
+
+def test_gpt2_comes_back_from_its_meta(gpt2):
+    assert isinstance(from_meta(gpt2.meta()), GPT2Tokenizer)
+
+
+def test_gpt2_that_is_not_to_be_had_is_one_line_naming_where_it_is_looked_for(tmp_path):
+    script = "from configurator import run; from tokenizer import GPT2Tokenizer; run(GPT2Tokenizer)"
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"TIKTOKEN_CACHE_DIR is {tmp_path}" in done.stderr

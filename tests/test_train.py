@@ -1,0 +1,269 @@
+"""train.py, end to end on a tiny model: what a run does, leaves behind, and refuses."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVERY_ATTN_TYPE, ROOT, TINY, Failed, subprocess_run, write_dataset
+
+import checkpoint as ckpt
+from train import Config, learning_rate
+
+
+def rows(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_training_state(a, b):
+    a, b = (ckpt.load(folder / "ckpt.pt") for folder in (a, b))
+    tensors = [(a["model"][name], b["model"][name]) for name in a["model"]]
+    for i, state in a["optimizer"]["state"].items():
+        tensors += [(state[key], b["optimizer"]["state"][i][key]) for key in state]
+    return a["iter_num"] == b["iter_num"] and all(torch.equal(x, y) for x, y in tensors)
+
+
+@pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
+def test_every_attention_trains_and_leaves_a_whole_run(run_train, tmp_path, attn_type):
+    run_train("--out_dir=run", f"--attn_type={attn_type}", "--eval_interval=2")
+    checkpoint = ckpt.load(tmp_path / "run" / "ckpt.pt")
+    assert checkpoint["iter_num"] == 4
+    assert checkpoint["tokenizer"]["tokenizer"] == "char"
+    assert all(w.isfinite().all() for w in checkpoint["model"].values())
+    log = rows(tmp_path / "run")
+    assert [row["step"] for row in log] == ["0", "1", "2", "3", "4"]
+    assert [row["step"] for row in log if row["val_loss"]] == ["0", "2", "4"]
+    assert log[-1]["tokens"] == str(4 * 2 * 4 * 16)
+    assert float(log[-1]["seconds"]) > 0 and log[-1]["mfu"] == ""
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["attn_type"] == attn_type and config["found"]["device"] == "cpu"
+
+
+def test_training_learns(run_train, tmp_path):
+    run_train("--out_dir=run", "--max_iters=150", "--learning_rate=1e-2", "--n_layer=1")
+    log = rows(tmp_path / "run")
+    assert float(log[-1]["val_loss"]) < float(log[0]["val_loss"]) - 1
+
+
+def test_exactly_max_iters_updates_are_done(run_train, tmp_path):
+    for n in (0, 3):
+        run_train(f"--out_dir=run{n}", f"--max_iters={n}")
+        assert ckpt.load(tmp_path / f"run{n}" / "ckpt.pt")["iter_num"] == n
+    optimizer = ckpt.load(tmp_path / "run3" / "ckpt.pt")["optimizer"]
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {3}
+
+
+def test_the_logged_loss_is_the_mean_over_micro_steps(run_train, tmp_path):
+    """At step 1 no weight has moved: the loss is that of one batch with all the sequences."""
+    run_train("--out_dir=run", "--max_iters=1", "--learning_rate=0", "--weight_decay=0")
+    from dataset import TRAIN, Dataset
+
+    path = tmp_path / "run" / "ckpt.pt"
+    model = ckpt.build_model(ckpt.load(path), path)
+    data = Dataset("abc", tmp_path / "data")
+    batches = [data.batch("train", TRAIN, 1337, 0, micro, 4, 16) for micro in (0, 1)]
+    with torch.no_grad():
+        mean = sum(model(x, y)[1].item() for x, y in batches) / 2
+    assert float(rows(tmp_path / "run")[1]["train_loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--compile=True", "--n_layer=1"]], ids=["eager", "compiled"]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run_train, tmp_path, extra):
+    extra = [*extra, "--attn_type=GK", "--dropout=0.1", "--lr_decay_iters=4"]
+    run_train("--out_dir=whole", "--eval_interval=1", *extra)
+    run_train("--out_dir=parts", "--max_iters=2", *extra)
+    out = run_train("--out_dir=parts", "--init_from=resume", *extra)
+    assert "step 4" in out and "step 2:" not in out
+    assert same_training_state(tmp_path / "whole", tmp_path / "parts")
+    assert [row["step"] for row in rows(tmp_path / "parts")] == ["0", "1", "2", "3", "4"]
+
+
+def test_resume_needs_nothing_but_the_folder(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run", "--max_iters=2", "--attn_type=PA_relu", "--learning_rate=0.125")
+    run("train", "--init_from=resume", "--out_dir=run", "--max_iters=3", f"--data_dir={data_dir}")
+    last = ckpt.load(tmp_path / "run" / "ckpt.pt")
+    assert last["iter_num"] == 3 and last["config"]["learning_rate"] == 0.125
+    assert last["model_args"]["attn_type"] == "PA_relu"
+
+
+@pytest.mark.parametrize(
+    "given", ["--attn_type=SM", "--n_layer=3", "--block_size=8", "--bias=True"]
+)
+def test_resume_with_another_model_is_refused(run, run_train, data_dir, given):
+    run_train("--out_dir=run", "--attn_type=GK")
+    with pytest.raises(Failed, match=given[2:].split("=")[0]) as failed:
+        run("train", "--init_from=resume", "--out_dir=run", f"--data_dir={data_dir}", given)
+    assert failed.value.code == 2
+    assert ("finetune" in failed.value.stderr) == ("attn_type" in given)
+
+
+def test_finetune_changes_the_attention_and_never_its_source(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run")
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    args = ["--init_from=finetune", "--out_dir=run", "--attn_type=GKpoly-8"]
+    out = run("train", *args, f"--data_dir={data_dir}", "--max_iters=2")
+    assert "run-finetune-GKpoly-8" in out
+    tuned = ckpt.load(tmp_path / "run-finetune-GKpoly-8" / "ckpt.pt")
+    assert tuned["model_args"]["attn_type"] == "GKpoly-8" and tuned["iter_num"] == 2
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    with pytest.raises(Failed, match="choose another --save_dir"):
+        run("train", *args, f"--data_dir={data_dir}", "--save_dir=run")
+
+
+def test_finetune_starts_from_the_weights_with_a_fresh_optimizer(run_train, tmp_path):
+    run_train("--out_dir=run")
+    run_train("--init_from=finetune", "--out_dir=run", "--max_iters=0", "--save_dir=tuned")
+    source, tuned = (ckpt.load(tmp_path / d / "ckpt.pt") for d in ("run", "tuned"))
+    assert all(torch.equal(source["model"][k], tuned["model"][k]) for k in source["model"])
+    assert tuned["optimizer"]["state"] == {}
+
+
+def test_finetuning_to_pa_keeps_the_length_it_is_trained_with(run_train, tmp_path):
+    run_train("--out_dir=run")
+    run_train("--init_from=finetune", "--out_dir=run", "--attn_type=PA_relu", "--block_size=8")
+    args = ckpt.load(tmp_path / "run-finetune-PA_relu" / "ckpt.pt")["model_args"]
+    assert args["block_size"] == args["pa_length"] == 8
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "resume", "finetune"])
+def test_eval_only_evaluates_and_writes_nothing(run, run_train, tmp_path, data_dir, init_from):
+    run_train("--out_dir=run")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    out = run_train("--out_dir=run", f"--init_from={init_from}", "--eval_only=True")
+    assert re.search(r"val loss \d\.\d+", out) and "step" not in out.splitlines()[-1]
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    if init_from == "resume":
+        last = rows(tmp_path / "run")[-1]
+        assert f"val loss {float(last['val_loss']):.4f}" in out
+        again = run(
+            "train", "config/EVAL.py", "--out_dir=run", f"--data_dir={data_dir}", "--eval_iters=2"
+        )
+        assert f"val loss {float(last['val_loss']):.4f}" in again
+
+
+def test_evaluating_more_often_changes_nothing(run_train, tmp_path):
+    run_train("--out_dir=often", "--eval_interval=1")
+    run_train("--out_dir=seldom", "--eval_interval=100")
+    assert same_training_state(tmp_path / "often", tmp_path / "seldom")
+
+
+def test_a_run_that_is_there_already_is_moved_aside(run_train, tmp_path):
+    run_train("--out_dir=run", "--max_iters=1")
+    first = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    assert "moved to run.1" in run_train("--out_dir=run", "--max_iters=2")
+    assert (tmp_path / "run.1" / "ckpt.pt").read_bytes() == first
+    assert "moved to run.2" in run_train("--out_dir=run", "--max_iters=2")
+
+
+def test_training_starts_from_a_gpt2_folder(run, tmp_path, data_dir):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    write_gpt2_dataset(data_dir / "bpe")
+    args = ["--dataset=bpe", f"--data_dir={data_dir}", f"--init_from={tmp_path / 'hf'}"]
+    args += ["--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1", "--max_iters=1"]
+    run("train", *args, "--attn_type=PA_relu", "--block_size=8", "--out_dir=run")
+    model_args = ckpt.load(tmp_path / "run" / "ckpt.pt")["model_args"]
+    assert model_args["n_layer"] == 1 and model_args["bias"] is True
+    assert model_args["pa_length"] == model_args["block_size"] == 8
+    with pytest.raises(Failed, match="n_layer=1, not 2"):
+        run("train", *args, "--block_size=8", "--n_layer=2")
+    with pytest.raises(Failed, match="not tokenized"):
+        run("train", *args, "--block_size=8", "--dataset=abc")
+
+
+def write_gpt2_dataset(folder):
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.arange(200, dtype="<u2").tofile(folder / f"{split}.bin")
+
+
+def test_two_ranks_train_like_one(run_train, tmp_path, data_dir):
+    run_train("--out_dir=one", "--attn_type=GK", "--dropout=0.1")
+    args = ["--out_dir=two", "--attn_type=GK", "--dropout=0.1", "--max_iters=4", "--warmup_iters=2"]
+    args += [*TINY, "--dataset=abc", f"--data_dir={data_dir}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess_run(*torchrun, ROOT / "train.py", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for key in ("train_loss", "val_loss", "eval_train_loss"):
+            if one[key]:
+                assert float(two[key]) == pytest.approx(float(one[key]), rel=2e-6)
+    a, b = (ckpt.load(tmp_path / d / "ckpt.pt")["model"] for d in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_micro_steps_must_be_shared_evenly(run_train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(Failed, match="gradient_accumulation_steps=2"):
+        run_train()
+
+
+def test_data_must_fit_the_checkpoint(run_train, data_dir):
+    run_train("--out_dir=run")
+    write_dataset(data_dir / "xyz", "xyz " * 100)
+    with pytest.raises(Failed, match="not tokenized as"):
+        run_train("--out_dir=run", "--init_from=finetune", "--dataset=xyz")
+
+
+def test_data_shorter_than_a_sequence_are_refused_before_training(run_train, tmp_path):
+    with pytest.raises(Failed, match="too short for block_size=1024"):
+        run_train("--block_size=1024", "--out_dir=run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_checkpoint_is_one_line(run_train):
+    for init_from in ("resume", "finetune"):
+        with pytest.raises(Failed, match="no checkpoint nowhere") as failed:
+            run_train(f"--init_from={init_from}", "--out_dir=nowhere")
+        assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+def test_the_learning_rate_warms_up_decays_and_stays():
+    config = Config(learning_rate=1.0, warmup_iters=3, max_iters=13, min_lr=0.2)
+    rates = [learning_rate(step, config) for step in range(16)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.6) and rates[13:] == [0.2] * 3
+    assert sorted(rates[3:], reverse=True) == rates[3:]
+    assert learning_rate(12, Config(learning_rate=1.0, decay_lr=False)) == 1.0
+    assert learning_rate(600000, Config(learning_rate=1.0)) == pytest.approx(0.1)
+
+
+def test_wandb_gets_the_rows_of_the_log(run_train, tmp_path, monkeypatch):
+    logged = []
+
+    class FakeRun:
+        def log(self, row, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = type(sys)("wandb")
+    fake.init = lambda project, name, config: logged.append((project, name)) or FakeRun()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_train("--out_dir=run", "--wandb_log=True", "--wandb_project=p", "--eval_interval=2")
+    assert logged[0] == ("p", "run") and logged[-1] == "finished"
+    assert [step for step, _ in logged[1:-1]] == [0, 1, 2, 3, 4]
+    assert "val_loss" in logged[-2][1]
+
+
+def test_bench_times_the_training_step_on_synthetic_and_on_real_data(run, data_dir):
+    args = [*TINY, "--attn_type=GK", "--vocab_size=11", "--steps=2", "--warmup=1"]
+    assert re.search(r"GK, L2 .* V11, cpu float32: [\d.]+ ms/step .* tokens/s", run("bench", *args))
+    real = run("bench", *args, "--real_data=True", "--dataset=abc", f"--data_dir={data_dir}")
+    assert re.search(r"V1\d, cpu", real)
+
+
+def test_bench_profiles_the_training_step(run, tmp_path):
+    out = run("bench", *TINY, "--vocab_size=11", "--steps=1", "--profile", "--out_dir=prof")
+    assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000

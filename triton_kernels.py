@@ -1,0 +1,618 @@
+"""
+Fused causal pointwise attention for CUDA, as Triton kernels: forward and backward, head sizes up
+to 256, every attention of model.py's registry.
+
+    x[i, j] = c q_i . k_j   or   -c/2 |q_i - k_j|^2        c = 1/sqrt(hs)
+    A[i, j] = f(x[i, j]) for j <= i, else 0
+    y = A v / divisor
+
+There is no row maximum, no rescaling and no log-sum-exp: a block of A is one matrix product, a
+pointwise function, and another matrix product. What the backward needs is q, k, v (and, for the
+distance, their norms); it recomputes A block by block. With dP = dy v^T and G = f'(x) * dP:
+
+    dv = A^T dy / divisor
+    dq = c/divisor (G k - rowsum(G) q)                     the sums only for the distance
+    dk = c/divisor (G^T q - colsum(G) k)
+
+Shapes as in model.py: B batch, nh heads, T sequence length, hs head size. In the kernels, rows
+are queries (i) and cols are keys (j); BLOCK_D is hs padded to a power of two. Everything is
+accumulated in float32. float32 inputs are multiplied in full precision (`ieee`, not TF32): a
+distance is a small difference of large numbers. That is right, and slow.
+
+`triton_attention` is the entry, `supports` says where it runs. To add an attention, write its pair
+f, f' next to the others and name it in VARIANTS.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ----------------------------------------------------------------------------
+# The pointwise functions: each takes a tile of scores in float32 and returns f and f' = df/dx.
+# The forward asks for f alone, and the compiler drops the rest.
+#
+# z is x times the variant's `unit` (see VARIANTS), which saves a multiplication per score: with
+# unit = log2(e), exp(x) is the exp2(z) that the hardware has.
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def gaussian(z, n):
+    """exp(x), z = x log2(e)."""
+    a = tl.exp2(z)
+    return a, a
+
+
+@triton.jit
+def gaussian_poly(z, n: tl.constexpr):
+    """(1 + x / 2^n)^(2^n), z = x / 2^n: with a = 1 + z, n squarings. f' = a^(2^n - 1) = a a^2 a^4 ...,
+    a product and not f / a, which is 0 / 0 at a = 0.
+
+    In a = 1 + z the low bits of z are lost, and the squarings double that error n times. So all but
+    the last 6 squarings work on e = a - 1, where (1 + e)^2 - 1 = e (2 + e) loses nothing.
+    """
+    e = z
+    a = 1.0 + z
+    slope = a
+    for i in tl.static_range(1, n + 1):
+        if i <= n - 6:
+            e = e * (2.0 + e)
+            a = 1.0 + e
+        else:
+            a = a * a
+        if i < n:
+            slope = slope * a
+    return a, slope
+
+
+@triton.jit
+def gelu(z, n):
+    """x Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2."""
+    Phi = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+    phi = 0.3989422804014327 * tl.exp2(z * z * (-0.5 * LOG2_E))
+    return z * Phi, Phi + z * phi
+
+
+@triton.jit
+def relu(z, n):
+    return tl.maximum(z, 0.0), tl.where(z > 0, 1.0, 0.0)
+
+
+@triton.jit
+def sigmoid(z, n):
+    """1 / (1 + exp(-x)), z = x log2(e). By t = exp(-|x|), which can't overflow; f' = t / (1 + t)^2,
+    where f (1 - f) would cancel."""
+    t = tl.exp2(-tl.abs(z))
+    u = 1.0 / (1.0 + t)
+    return tl.where(z < 0, t * u, u), t * u * u
+
+
+@triton.jit
+def square(z, n):
+    return z * z, 2.0 * z
+
+
+@triton.jit
+def relu_square(z, n):
+    r = tl.maximum(z, 0.0)
+    return r * r, 2.0 * r
+
+
+@triton.jit
+def silu(z, n):
+    """x sigmoid(x)."""
+    s, s_slope = sigmoid(z * LOG2_E, n)
+    return z * s, s + z * s_slope
+
+
+@triton.jit
+def tanh(z, n):
+    """(1 - t) / (1 + t) with t = exp(-2|x|), and the sign of x; f' = 4 t / (1 + t)^2. Where 1 - t
+    would cancel, four terms of the series: the fifth is below 2e-8 of x for |x| < 0.15."""
+    t = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
+    u = 1.0 / (1.0 + t)
+    far = (1.0 - t) * u
+    z2 = z * z
+    near = z * (1.0 + z2 * (-1.0 / 3.0 + z2 * (2.0 / 15.0 - z2 * (17.0 / 315.0))))
+    return tl.where(tl.abs(z) < 0.15, near, tl.where(z < 0, -far, far)), 4.0 * t * u * u
+
+
+@triton.jit
+def softplus(z, n):
+    """log(1 + exp(x)) = max(x, 0) + log1p(t) with t = exp(-|x|); log1p(t) = log(u) t / (u - 1) with
+    u = 1 + t is exact to rounding (W. Kahan). f' = sigmoid(x)."""
+    t = tl.exp2(tl.abs(z) * -LOG2_E)
+    u = 1.0 + t
+    log1p = tl.where(u == 1.0, t, tl.log(u) * (t / (u - 1.0)))
+    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) / u
+
+
+@triton.jit
+def identity(z, n):
+    return z, tl.full(z.shape, 1.0, tl.float32)
+
+
+# attn_type: (score, f and f', unit). `unit` is a function of n, which only GKpoly-n has.
+VARIANTS = {
+    "GK": ("distance", gaussian, lambda n: math.log2(math.e)),
+    "GKpoly-n": ("distance", gaussian_poly, lambda n: 0.5**n),
+    "PA_gelu": ("dot", gelu, lambda n: 1.0),
+    "PA_relu": ("dot", relu, lambda n: 1.0),
+    "PA_sigmoid": ("dot", sigmoid, lambda n: math.log2(math.e)),
+    "PA_square": ("dot", square, lambda n: 1.0),
+    "PA_relu-square": ("dot", relu_square, lambda n: 1.0),
+    "PA_silu": ("dot", silu, lambda n: 1.0),
+    "PA_tanh": ("dot", tanh, lambda n: 1.0),
+    "PA_softplus": ("dot", softplus, lambda n: 1.0),
+    "PA_identity": ("dot", identity, lambda n: 1.0),
+}
+
+# ----------------------------------------------------------------------------
+# What the kernels share
+
+
+@triton.jit
+def head_and_rank(blocks, group):
+    """The head of this program, and how many blocks of that head are longer than its own.
+
+    Heads are taken in groups whose keys and values fit in the L2 cache together; within a group all
+    heads do their longest block first, so that the last programs to start are the shortest.
+    """
+    pid = tl.program_id(0)
+    first_head = pid // (group * blocks) * group
+    group_heads = tl.minimum(group, tl.num_programs(0) // blocks - first_head)
+    pid = pid % (group * blocks)
+    return first_head + pid % group_heads, pid // group_heads
+
+
+@triton.jit
+def head_start(head, nh, stride_b, stride_h):
+    """Offset of a head's first element, `head` counting through (B, nh). In 64 bits."""
+    return tl.cast(head // nh, tl.int64) * stride_b + tl.cast(head % nh, tl.int64) * stride_h
+
+
+@triton.jit
+def load_rows(
+    X, first, T, stride, ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows first, first + 1, ... of X (T, HS) as a tile (ROWS, BLOCK_D), with zeros outside X.
+    CHECK says whether the tile may reach past row T."""
+    X += tl.cast(first, tl.int64) * stride  # inside a tile 32 bits are enough
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    if CHECK:
+        return tl.load(X + rows * stride + dims, (first + rows < T) & (dims < HS), other=0.0)
+    elif HS < BLOCK_D:
+        return tl.load(X + rows * stride + dims, dims < HS, other=0.0)
+    else:
+        return tl.load(X + rows * stride + dims)
+
+
+@triton.jit
+def store_rows(
+    X, first, T, stride, tile, ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The inverse of load_rows: what lies outside X (T, HS) is dropped."""
+    X += tl.cast(first, tl.int64) * stride
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    mask = (first + rows < T) & (dims < HS)
+    tl.store(X + rows * stride + dims, tile.to(X.dtype.element_ty), mask)
+
+
+@triton.jit
+def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr):
+    """z for the rows of tiles a and b: scale a.b, less their norms scale/2 |.|^2 for the distance.
+
+    exp(-c/2 |a|^2) is never a factor of its own: it underflows where exp(c a.b) overflows."""
+    z = scale * tl.dot(a, tl.trans(b), input_precision="ieee")
+    if DISTANCE:
+        z = z - a_norm[:, None] - b_norm[None, :]
+    return z
+
+
+@triton.jit
+def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
+    """The norms of these rows; 0 for a dot product, which has none."""
+    if not DISTANCE:
+        return 0.0
+    elif CHECK:
+        return tl.load(X + rows, rows < T, other=0.0)
+    else:
+        return tl.load(X + rows)
+
+
+# ----------------------------------------------------------------------------
+# The kernels
+#
+# Q, K, V point to (B, nh, T, hs) with one set of strides (stride_b, stride_h, stride_t, 1), such as
+# views of c_attn's output have. Y, dY, dQ, dK, dV are views (B, nh, T, hs) of contiguous
+# (B, T, nh, hs). Norms are (B, nh, T) in float32.
+#
+# The loops run over the blocks wholly below the diagonal, which need no mask, and over the few on
+# the diagonal, where A and G get zeros by a select: whatever f makes of a hidden score, be it inf
+# or NaN, is dropped.
+
+
+@triton.jit
+def norm_kernel(
+    K, K_norm, stride_b, stride_h, stride_t, nh, T, c, unit,
+    BLOCK: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """K_norm[j] = c/2 unit |k_j|^2, from k as it is given, rounded: one program per block of rows."""
+    blocks = tl.cdiv(T, BLOCK)
+    head = tl.program_id(0) // blocks
+    first = tl.program_id(0) % blocks * BLOCK
+    cols = first + tl.arange(0, BLOCK)
+    K += head_start(head, nh, stride_b, stride_h)
+    k = load_rows(K, first, T, stride_t, BLOCK, HS, BLOCK_D, True).to(tl.float32)
+    K_norm += tl.cast(head, tl.int64) * T
+    tl.store(K_norm + cols, 0.5 * c * unit * tl.sum(k * k, axis=1), cols < T)
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, Y, Q_norm, K_norm,
+    stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
+    f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y_i = 1/divisor sum_j f(x_ij) v_j for BLOCK_M rows i. Writes Q_norm too, for the backward."""
+    blocks = tl.cdiv(T, BLOCK_M)
+    head, rank = head_and_rank(blocks, group)
+    scale = c * unit
+    first_row = (blocks - 1 - rank) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    start = head_start(head, nh, stride_b, stride_h)
+    Q, K, V = Q + start, K + start, V + start
+    Y += head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
+    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
+
+    q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
+    q_norm = 0.0
+    if DISTANCE:
+        q_norm = 0.5 * scale * tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
+        tl.store(Q_norm + rows, q_norm, rows < T)
+
+    y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for DIAGONAL in tl.static_range(2):
+        begin = first_row if DIAGONAL else 0
+        end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
+        for first_col in tl.range(begin, end, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)
+            k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
+            k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
+            A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            if DIAGONAL:
+                A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
+            v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
+            y = tl.dot(A.to(v.dtype), v, y, input_precision="ieee")
+    store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
+
+
+@triton.jit
+def dq_kernel(
+    Q, K, V, dY, dQ, Q_norm, K_norm,
+    stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
+    f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
+    distance's, and adds up G as rounded for the first, so that what should cancel does."""
+    blocks = tl.cdiv(T, BLOCK_M)
+    head, rank = head_and_rank(blocks, group)
+    scale = c * unit
+    first_row = (blocks - 1 - rank) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    start = head_start(head, nh, stride_b, stride_h)
+    Q, K, V = Q + start, K + start, V + start
+    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
+    dY, dQ = dY + start, dQ + start
+    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
+
+    q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
+    dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, True)
+    q_norm = load_norms(Q_norm, rows, T, True, DISTANCE)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for DIAGONAL in tl.static_range(2):
+        begin = first_row if DIAGONAL else 0
+        end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
+        for first_col in tl.range(begin, end, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)
+            k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
+            v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
+            k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
+            _, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            G = slope * tl.dot(dy, tl.trans(v), input_precision="ieee")
+            if DIAGONAL:
+                G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
+            G = G.to(k.dtype)
+            dq = tl.dot(G, k, dq, input_precision="ieee")
+            if DISTANCE:
+                row_sum += tl.sum(G.to(tl.float32), axis=1)
+    if DISTANCE:
+        # Load q again: kept since the start, it would fill registers all through the loop. The
+        # barrier is what stops the compiler from doing just that.
+        tl.debug_barrier()
+        q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
+        dq -= row_sum[:, None] * q.to(tl.float32)
+    store_rows(dQ, first_row, T, nh * HS, dq * (c / divisor), BLOCK_M, HS, BLOCK_D)
+
+
+@triton.jit
+def dkv_kernel(
+    Q, K, V, dY, dK, dV, Q_norm, K_norm,
+    stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
+    f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dv_j = 1/divisor sum_i A_ij dy_i and dk_j = c/divisor (sum_i G_ij q_i - k_j sum_i G_ij) for
+    BLOCK_N cols j. Tiles are transposed, (cols, rows), so that each product reads them as they are.
+
+    RAGGED says that T is no multiple of BLOCK_M. A row past T meets dy = 0, but f of it may be inf.
+    """
+    blocks = tl.cdiv(T, BLOCK_N)
+    head, rank = head_and_rank(blocks, group)
+    scale = c * unit
+    first_col = rank * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    start = head_start(head, nh, stride_b, stride_h)
+    Q, K, V = Q + start, K + start, V + start
+    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
+    dY, dK, dV = dY + start, dK + start, dV + start
+    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
+
+    k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
+    v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
+    k_norm = load_norms(K_norm, cols, T, True, DISTANCE)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    col_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for BELOW in tl.static_range(2):
+        begin = first_col + BLOCK_N if BELOW else first_col
+        end = T if BELOW else tl.minimum(first_col + BLOCK_N, T)
+        for first_row in tl.range(begin, end, BLOCK_M):
+            rows = first_row + tl.arange(0, BLOCK_M)
+            q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, RAGGED)
+            dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, RAGGED)
+            q_norm = load_norms(Q_norm, rows, T, RAGGED, DISTANCE)
+            A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
+            G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
+            if RAGGED:
+                A = tl.where(rows[None, :] < T, A, 0.0)
+                G = tl.where(rows[None, :] < T, G, 0.0)
+            if not BELOW:
+                A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
+                G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
+            dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
+            G = G.to(q.dtype)
+            dk = tl.dot(G, q, dk, input_precision="ieee")
+            if DISTANCE:
+                col_sum += tl.sum(G.to(tl.float32), axis=1)
+    if DISTANCE:
+        tl.debug_barrier()  # and load k again, like q in dq_kernel
+        k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
+        dk -= col_sum[:, None] * k.to(tl.float32)
+    store_rows(dK, first_col, T, nh * HS, dk * (c / divisor), BLOCK_N, HS, BLOCK_D)
+    store_rows(dV, first_col, T, nh * HS, dv * (1.0 / divisor), BLOCK_N, HS, BLOCK_D)
+
+
+# ----------------------------------------------------------------------------
+# Block sizes
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts up its work: BLOCK_M queries by BLOCK_N keys, in num_warps warps of 32
+    threads, with num_stages tiles in flight between global and shared memory."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+BLOCKS = {
+    # (kernel, BLOCK_D): bfloat16 and float16
+    ("forward", 64): Blocks(128, 64, 8, 3),
+    ("forward", 128): Blocks(128, 64, 8, 3),
+    ("forward", 256): Blocks(128, 64, 8, 2),
+    ("dq", 64): Blocks(128, 64, 8, 3),
+    ("dq", 128): Blocks(128, 64, 8, 2),
+    ("dq", 256): Blocks(64, 32, 8, 2),
+    ("dkv", 64): Blocks(64, 128, 8, 3),
+    ("dkv", 128): Blocks(64, 128, 8, 2),
+    ("dkv", 256): Blocks(32, 64, 8, 2),
+}
+BLOCKS_FLOAT32 = {
+    ("forward", 64): Blocks(64, 32, 4, 2),
+    ("forward", 128): Blocks(64, 32, 8, 2),
+    ("forward", 256): Blocks(32, 16, 8, 1),
+    ("dq", 64): Blocks(64, 32, 8, 2),
+    ("dq", 128): Blocks(32, 32, 8, 1),
+    ("dq", 256): Blocks(32, 16, 8, 1),
+    ("dkv", 64): Blocks(32, 64, 8, 2),
+    ("dkv", 128): Blocks(32, 32, 8, 1),
+    ("dkv", 256): Blocks(16, 32, 8, 1),
+}
+NORM_ROWS = 64
+
+
+def block_d(head_size: int) -> int:
+    """The power of two to which the kernels pad the head size; a matrix product takes 16 or more."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def blocks_for(kernel: str, head_size: int, dtype: torch.dtype) -> Blocks:
+    """The block sizes of kernel 'forward', 'dq' or 'dkv'."""
+    table = BLOCKS_FLOAT32 if dtype == torch.float32 else BLOCKS
+    return table[kernel, max(64, block_d(head_size))]
+
+
+# ----------------------------------------------------------------------------
+# The entry
+
+MAX_HEAD_SIZE = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
+
+
+def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
+    """An attn_type -> (score, f and f', unit, n), or None if there is no Triton form of it."""
+    match = re.fullmatch(r"(.+-)(\d+)", name)
+    key, n = (match[1] + "n", int(match[2])) if match else (name, 0)
+    if key not in VARIANTS or key.endswith("-n") != bool(match):
+        return None
+    score, f, unit = VARIANTS[key]
+    return score, f, unit(n), n
+
+
+def supports(
+    name: str, head_size: int, dtype: torch.dtype, device: torch.device | str
+) -> str | None:
+    """None if `triton_attention` can run this attn_type; otherwise one line that says why not."""
+    device = torch.device(device)
+    if parse(name) is None:
+        return f"{name} has no Triton kernel"
+    if head_size > MAX_HEAD_SIZE:
+        return f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {head_size}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
+    if INTERPRETED:
+        # Its bfloat16 is made of uint16, and its products of them are wrong
+        return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"the Triton kernels need a CUDA device, not {device.type}"
+    if torch.version.hip:
+        return "the Triton kernels were never tried on ROCm"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere, which Triton needs"
+    return None
+
+
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float) -> Tensor:
+    """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
+
+    y_i = sum_{j <= i} f(x_ij) v_j / divisor, in the dtype of q, k and v, which is one of bfloat16,
+    float16 and float32. y is a view of a contiguous (B, T, nh, hs). Views of c_attn's output
+    (B, T, 3, nh, hs) are read where they are; q, k, v whose strides differ are copied first.
+    Differentiable once; every result is the same bit for bit in every run. Ask `supports` first:
+    ValueError for what it declines.
+    """
+    reason = supports(name, q.size(-1), q.dtype, q.device)
+    if reason is not None:
+        raise ValueError(reason)
+    if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+        raise ValueError("q, k and v must have one shape and one dtype")
+    return _forward(q, k, v, name, float(divisor))[0]
+
+
+def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
+        return q, k, v
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """An uninitialised (B, nh, T, hs) that is a view of a contiguous (B, T, nh, hs)."""
+    B, nh, T, hs = x.shape
+    return x.new_empty(B, T, nh, hs).transpose(1, 2)
+
+
+def _norms(q: Tensor, score: str) -> Tensor:
+    B, nh, T, _ = q.shape
+    shape = (B, nh, T) if score == "distance" else (0,)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _launch(kernel, blocks: Blocks, block: int, pointers: tuple, name: str, divisor: float, **more):
+    """Start one program of `kernel` per head and per `block` positions. pointers[0] is q."""
+    q = pointers[0]
+    score, f, unit, n = parse(name)
+    B, nh, T, hs = q.shape
+    group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
+    kernel[(B * nh * triton.cdiv(T, block),)](
+        *pointers, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
+        f=f, n=n, DISTANCE=score == "distance", HS=hs, BLOCK_D=block_d(hs),
+        enable_fp_fusion=True, **blocks._asdict(), **more,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("triton_attention::forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
+    q, k, v = _one_set_of_strides(q, k, v)
+    score, _, unit, _ = parse(name)
+    B, nh, T, hs = q.shape
+    y, q_norm, k_norm = _heads_last(q), _norms(q, score), _norms(q, score)
+    blocks = blocks_for("forward", hs, q.dtype)
+    with torch.cuda.device_of(q):
+        if score == "distance":
+            norm_kernel[(B * nh * triton.cdiv(T, NORM_ROWS),)](
+                k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
+                BLOCK=NORM_ROWS, HS=hs, BLOCK_D=block_d(hs), enable_fp_fusion=True,
+            )  # fmt: skip
+        pointers = (q, k, v, y, q_norm, k_norm)
+        _launch(forward_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+    return y, q_norm, k_norm
+
+
+@_forward.register_fake
+def _(q, k, v, name, divisor):
+    score = parse(name)[0]
+    return _heads_last(q), _norms(q, score), _norms(q, score)
+
+
+@torch.library.custom_op("triton_attention::backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    name: str,
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
+    q, k, v = _one_set_of_strides(q, k, v)
+    dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
+    dq, dk, dv = _heads_last(q), _heads_last(q), _heads_last(q)
+    T, hs = q.shape[2:]
+    with torch.cuda.device_of(q):
+        blocks = blocks_for("dkv", hs, q.dtype)
+        ragged = T % blocks.BLOCK_M != 0
+        pointers = (q, k, v, dy, dk, dv, q_norm, k_norm)
+        _launch(dkv_kernel, blocks, blocks.BLOCK_N, pointers, name, divisor, RAGGED=ragged)
+        blocks = blocks_for("dq", hs, q.dtype)
+        pointers = (q, k, v, dy, dq, q_norm, k_norm)
+        _launch(dq_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(dy, q, k, v, q_norm, k_norm, name, divisor):
+    return _heads_last(q), _heads_last(q), _heads_last(q)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.name, ctx.divisor = inputs
+    ctx.save_for_backward(q, k, v, *output[1:])
+
+
+def _gradients(ctx, dy, *_):
+    return *_backward(dy, *ctx.saved_tensors, ctx.name, ctx.divisor), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
