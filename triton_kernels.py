@@ -51,8 +51,8 @@ def gaussian(z, n):
 
 @triton.jit
 def gaussian_poly(z, n: tl.constexpr):
-    """(1 + x / 2^n)^(2^n), z = x / 2^n: with a = 1 + z, n squarings. f' = a^(2^n - 1) = a a^2 a^4 ...,
-    a product and not f / a, which is 0 / 0 at a = 0.
+    """(1 + x / 2^n)^(2^n), z = x / 2^n: with a = 1 + z, n squarings. f' = a^(2^n - 1), the product
+    a a^2 a^4 ..., and not f / a, which is 0 / 0 at a = 0.
 
     In a = 1 + z the low bits of z are lost, and the squarings double that error n times. So all but
     the last 6 squarings work on e = a - 1, where (1 + e)^2 - 1 = e (2 + e) loses nothing.
@@ -179,8 +179,9 @@ def head_start(head, nh, stride_b, stride_h):
 
 @triton.jit
 def load_rows(
-    X, first, T, stride, ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
-):
+    X, first, T, stride,
+    ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
     """Rows first, first + 1, ... of X (T, HS) as a tile (ROWS, BLOCK_D), with zeros outside X.
     CHECK says whether the tile may reach past row T."""
     X += tl.cast(first, tl.int64) * stride  # inside a tile 32 bits are enough
@@ -245,7 +246,7 @@ def norm_kernel(
     K, K_norm, stride_b, stride_h, stride_t, nh, T, c, unit,
     BLOCK: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """K_norm[j] = c/2 unit |k_j|^2, from k as it is given, rounded: one program per block of rows."""
+    """K_norm[j] = c/2 unit |k_j|^2, from k as it is given, rounded, for a block of cols j."""
     blocks = tl.cdiv(T, BLOCK)
     head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
@@ -411,50 +412,74 @@ def dkv_kernel(
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts up its work: BLOCK_M queries by BLOCK_N keys, in num_warps warps of 32
-    threads, with num_stages tiles in flight between global and shared memory."""
+    """How a kernel cuts up its work: BLOCK_M queries by BLOCK_N keys, on num_warps warps of 32
+    threads, with num_stages tiles in shared memory, of which all but one are on their way. maxnreg
+    caps the registers of a thread, so that more programs fit on a multiprocessor (which has 65536).
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
+# (kernel, padded head size) -> Blocks. Head sizes below 64 use the row of 64. The trailing comments
+# say what the compiler makes of it for sm_90 (the worst of all attentions): registers, bytes of
+# spills, shared memory, and how many programs fit on a multiprocessor. Why these:
+#
+# - wgmma multiplies 64 rows per 4 warps; wider tiles read shared memory less often per product.
+# - A program alternates between tensor cores and f. Two or three of them on a multiprocessor fill
+#   each other's gaps: the most at head size 64, where f costs as much as the products.
+# - The accumulators set the limit: forward and dq hold one BLOCK_M x hs, dkv two BLOCK_N x hs. At
+#   256, dkv spills whatever the tile, as wgmma has no smaller one.
+# - An unmasked loop up to the diagonal takes BLOCK_M % BLOCK_N == 0; in dkv the other way round.
 BLOCKS = {
-    # (kernel, BLOCK_D): bfloat16 and float16
-    ("forward", 64): Blocks(128, 64, 8, 3),
+    ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),
     ("forward", 128): Blocks(128, 64, 8, 3),
-    ("forward", 256): Blocks(128, 64, 8, 2),
-    ("dq", 64): Blocks(128, 64, 8, 3),
-    ("dq", 128): Blocks(128, 64, 8, 2),
+    ("forward", 256): Blocks(128, 32, 8, 2),
+    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),
+    ("dq", 128): Blocks(64, 64, 4, 2),
     ("dq", 256): Blocks(64, 32, 8, 2),
-    ("dkv", 64): Blocks(64, 128, 8, 3),
-    ("dkv", 128): Blocks(64, 128, 8, 2),
+    ("dkv", 64): Blocks(64, 64, 4, 2),
+    ("dkv", 128): Blocks(32, 128, 8, 2),
     ("dkv", 256): Blocks(32, 64, 8, 2),
 }
+# float32 in full precision runs on the ordinary cores, out of registers: small tiles
 BLOCKS_FLOAT32 = {
     ("forward", 64): Blocks(64, 32, 4, 2),
     ("forward", 128): Blocks(64, 32, 8, 2),
     ("forward", 256): Blocks(32, 16, 8, 1),
-    ("dq", 64): Blocks(64, 32, 8, 2),
+    ("dq", 64): Blocks(32, 32, 4, 2),
     ("dq", 128): Blocks(32, 32, 8, 1),
     ("dq", 256): Blocks(32, 16, 8, 1),
-    ("dkv", 64): Blocks(32, 64, 8, 2),
+    ("dkv", 64): Blocks(32, 32, 4, 2),
     ("dkv", 128): Blocks(32, 32, 8, 1),
     ("dkv", 256): Blocks(16, 32, 8, 1),
 }
 NORM_ROWS = 64
+HOPPER_SHARED_BYTES = 227 * 2**10  # of shared memory, which the tables count on
 
 
-def block_d(head_size: int) -> int:
-    """The power of two to which the kernels pad the head size; a matrix product takes 16 or more."""
+def padded(head_size: int) -> int:
+    """The power of two to which the kernels pad the head size; matrix products take 16 or more."""
     return max(16, triton.next_power_of_2(head_size))
 
 
-def blocks_for(kernel: str, head_size: int, dtype: torch.dtype) -> Blocks:
-    """The block sizes of kernel 'forward', 'dq' or 'dkv'."""
-    table = BLOCKS_FLOAT32 if dtype == torch.float32 else BLOCKS
-    return table[kernel, max(64, block_d(head_size))]
+def shared_bytes(device: torch.device) -> int:
+    """The shared memory that one program may have."""
+    if device.type != "cuda":  # the interpreter
+        return HOPPER_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def blocks_for(kernel: str, q: Tensor) -> Blocks:
+    """The block sizes of kernel 'forward', 'dq' or 'dkv' for these inputs."""
+    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
+    blocks = table[kernel, max(64, padded(q.size(-1)))]
+    if shared_bytes(q.device) < HOPPER_SHARED_BYTES:
+        blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
+    return blocks
 
 
 # ----------------------------------------------------------------------------
@@ -542,7 +567,7 @@ def _launch(kernel, blocks: Blocks, block: int, pointers: tuple, name: str, divi
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     kernel[(B * nh * triton.cdiv(T, block),)](
         *pointers, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", HS=hs, BLOCK_D=block_d(hs),
+        f=f, n=n, DISTANCE=score == "distance", HS=hs, BLOCK_D=padded(hs),
         enable_fp_fusion=True, **blocks._asdict(), **more,
     )  # fmt: skip
 
@@ -556,12 +581,12 @@ def _forward(
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
     y, q_norm, k_norm = _heads_last(q), _norms(q, score), _norms(q, score)
-    blocks = blocks_for("forward", hs, q.dtype)
+    blocks = blocks_for("forward", q)
     with torch.cuda.device_of(q):
         if score == "distance":
             norm_kernel[(B * nh * triton.cdiv(T, NORM_ROWS),)](
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
-                BLOCK=NORM_ROWS, HS=hs, BLOCK_D=block_d(hs), enable_fp_fusion=True,
+                BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
         pointers = (q, k, v, y, q_norm, k_norm)
         _launch(forward_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
@@ -589,13 +614,13 @@ def _backward(
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = _heads_last(q), _heads_last(q), _heads_last(q)
-    T, hs = q.shape[2:]
+    T = q.size(2)
     with torch.cuda.device_of(q):
-        blocks = blocks_for("dkv", hs, q.dtype)
+        blocks = blocks_for("dkv", q)
         ragged = T % blocks.BLOCK_M != 0
         pointers = (q, k, v, dy, dk, dv, q_norm, k_norm)
         _launch(dkv_kernel, blocks, blocks.BLOCK_N, pointers, name, divisor, RAGGED=ragged)
-        blocks = blocks_for("dq", hs, q.dtype)
+        blocks = blocks_for("dq", q)
         pointers = (q, k, v, dy, dq, q_norm, k_norm)
         _launch(dq_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
     return dq, dk, dv
