@@ -13,6 +13,7 @@ more often changes nothing.
 
 import io
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -50,11 +51,16 @@ class Dataset:
     def __init__(self, name: str, data_dir: str | Path | None = None):
         self.folder = data_folder(name, data_dir)
         self.name = name
-        prepare = Path("data") / name / "prepare.py"
-        if (DATA_DIR / name / "prepare.py").is_file():
-            self.repair = f"python {prepare}" + (f" --out {self.folder}" if data_dir else "")
-        else:
-            self.repair = f"python data/char/prepare.py --input YOUR.txt --out {self.folder}"
+        known = (DATA_DIR / name / "prepare.py").is_file()
+        script = f"data/{name if known else 'char'}/prepare.py"
+        self.repair = f"python {script}" + ("" if known else " --input YOUR.txt")
+        if data_dir or not known:
+            self.repair += f" --out {os.path.relpath(self.folder)}"
+        if not known and not self.folder.is_dir():
+            raise UserError(
+                f"there is no data set {name!r}; there is {known_datasets()}, and of your own text "
+                f"you make one with  {self.repair}"
+            )
         self.meta = read_meta(self.folder)
         self.vocab_size = self.meta["vocab_size"]
         # What a checkpoint keeps, so that it can be sampled by itself

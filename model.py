@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -319,14 +320,18 @@ class GPT(nn.Module):
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
+        from runtime import HUB, reachable
+
         override_args = override_args or {}
         unknown = override_args.keys() - {"dropout", "attn_type", "pa_length", "pa_length_power"}
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))} can't be overridden in {model_type}")
         try:
-            hf_config = AutoConfig.from_pretrained(model_type)
+            local = Path(model_type).is_dir() or not reachable(HUB)  # or else its cache will do
+            hf_config = AutoConfig.from_pretrained(model_type, local_files_only=local)
             config = cls._config_from_hf(hf_config, model_type, override_args)
-            state = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
+            hf = GPT2LMHeadModel.from_pretrained(model_type, local_files_only=local)
+            state = hf.state_dict()
         except OSError as error:
             raise OSError(
                 f"no weights for {model_type!r}: neither a folder here, nor in the hub's cache "

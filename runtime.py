@@ -7,6 +7,9 @@ What is None in the configuration is found here: the device (cuda, else mps, els
 """
 
 import os
+import platform
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +18,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def reachable(url: str) -> bool:
+    """Whether the server of `url` answers within ten seconds. Libraries that download try again for
+    minutes before they say that there is no network."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to complain
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,20 @@ class Runtime:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, e.g. before a clock is read."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device_type == "mps":
+            torch.mps.synchronize()
+
+    def device_name(self) -> str:
+        """What the device calls itself; for a CPU also the number of threads that torch uses."""
+        if self.device_type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        threads = f", {torch.get_num_threads()} threads" if self.device_type == "cpu" else ""
+        return f"{self.device} ({platform.machine()}{threads})"
 
     def close(self) -> None:
         if dist.is_initialized():

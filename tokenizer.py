@@ -9,13 +9,13 @@ a checkpoint alone is enough to sample.
 import hashlib
 import os
 import tempfile
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
+from runtime import reachable
 
 END_OF_TEXT = "<|endoftext|>"  # in any text for GPT-2, this is the one token that ends a document
 
@@ -107,8 +107,8 @@ def _load_gpt2_encoding():
         import tiktoken
 
         if not (Path(folder) / hashlib.sha1(vocab_url.encode()).hexdigest()).is_file():
-            # tiktoken will download, and has no time limit: find out here whether it can
-            urllib.request.urlopen(vocab_url, timeout=10).close()
+            if not reachable(vocab_url):  # tiktoken would try for minutes
+                raise ConnectionError("no network")
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # of tiktoken, requests, urllib, or the file system
         raise UserError(

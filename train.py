@@ -226,15 +226,25 @@ def prepare_folder(config: Config, rt: runtime.Runtime) -> Path:
             )
         rt.print(f"finetune of {config.out_dir}, written to {folder}")
     if rt.is_main and config.init_from != "resume":
-        if (folder / ckpt.LATEST).exists() or (folder / "log.csv").exists():
-            n = 1
-            while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
-                n += 1
-            folder.rename(aside)
-            rt.print(f"{folder} holds a run already: moved to {aside}")
-        folder.mkdir(parents=True, exist_ok=True)
+        move_aside(folder, rt)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} can't be written ({error}); choose another folder"
+            ) from error
     rt.barrier()
     return folder
+
+
+def move_aside(folder: Path, rt: runtime.Runtime) -> None:
+    """Rename a folder that holds a run to the first free of FOLDER.1, FOLDER.2, ..."""
+    if (folder / ckpt.LATEST).exists() or (folder / "log.csv").exists():
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
+            n += 1
+        folder.rename(aside)
+        rt.print(f"{folder} holds a run already: moved to {aside}")
 
 
 # ----------------------------------------------------------------------------

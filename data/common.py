@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
+from runtime import HUB, reachable
 from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
 
 CHUNK = 2**20  # characters or bytes read, and characters encoded, at a time
@@ -401,12 +402,7 @@ def prepare_tiny_shakespeare(paths: list[Path], out: Path, tokenizer: str) -> No
 def load_hub(name: str, **options):
     """A DatasetDict from the Hugging Face hub, or from its cache on this machine. Raises UserError
     if the data set is in neither, or `datasets` is not installed."""
-    try:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        urllib.request.urlopen(f"{endpoint}/api/datasets/{name}", timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers: load_dataset will tell what is wrong
-    except OSError:
+    if not reachable(HUB):
         os.environ["HF_HUB_OFFLINE"] = "1"  # look into the cache at once, without retries
     try:
         import datasets
