@@ -424,41 +424,45 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None
 
 
-# (kernel, padded head size) -> Blocks. Head sizes below 64 use the row of 64. The trailing comments
-# say what the compiler makes of it for sm_90 (the worst of all attentions): registers, bytes of
-# spills, shared memory, and how many programs fit on a multiprocessor. Why these:
+# (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line is
+# what the compiler makes of it for sm_90 and the worst of the attentions, Triton 3.9: registers,
+# bytes on the stack (spills), shared memory, programs per multiprocessor. Why these:
 #
 # - wgmma multiplies 64 rows per 4 warps; wider tiles read shared memory less often per product.
 # - A program alternates between tensor cores and f. Two or three of them on a multiprocessor fill
-#   each other's gaps: the most at head size 64, where f costs as much as the products.
-# - The accumulators set the limit: forward and dq hold one BLOCK_M x hs, dkv two BLOCK_N x hs. At
-#   256, dkv spills whatever the tile, as wgmma has no smaller one.
-# - An unmasked loop up to the diagonal takes BLOCK_M % BLOCK_N == 0; in dkv the other way round.
+#   each other's gaps, most of all at head size 64, where f costs as much as the products.
+# - The accumulators set the limit: one of BLOCK_M x hs in forward and dq, two of BLOCK_N x hs in
+#   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
+# - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (in dkv: BLOCK_M
+#   divides BLOCK_N).
 BLOCKS = {
-    ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),
-    ("forward", 128): Blocks(128, 64, 8, 3),
-    ("forward", 256): Blocks(128, 32, 8, 2),
-    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),
-    ("dq", 128): Blocks(64, 64, 4, 2),
-    ("dq", 256): Blocks(64, 32, 8, 2),
-    ("dkv", 64): Blocks(64, 64, 4, 2),
-    ("dkv", 128): Blocks(32, 128, 8, 2),
-    ("dkv", 256): Blocks(32, 64, 8, 2),
+    ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),  # 128 registers, 24 B, 81 KB, 2 programs
+    ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
+    ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
+    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 24 B, 65 KB, 3
+    ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
+    ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
+    ("dkv", 64): Blocks(64, 64, 4, 2),  # 255, 8 B, 49 KB, 2
+    ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
+    ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
 }
-# float32 in full precision runs on the ordinary cores, out of registers: small tiles
+# float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
-    ("forward", 64): Blocks(64, 32, 4, 2),
-    ("forward", 128): Blocks(64, 32, 8, 2),
-    ("forward", 256): Blocks(32, 16, 8, 1),
-    ("dq", 64): Blocks(32, 32, 4, 2),
-    ("dq", 128): Blocks(32, 32, 8, 1),
-    ("dq", 256): Blocks(32, 16, 8, 1),
-    ("dkv", 64): Blocks(32, 32, 4, 2),
-    ("dkv", 128): Blocks(32, 32, 8, 1),
-    ("dkv", 256): Blocks(16, 32, 8, 1),
+    ("forward", 64): Blocks(32, 32, 8, 2),
+    ("forward", 128): Blocks(32, 32, 8, 2),
+    ("forward", 256): Blocks(32, 16, 8, 2),
+    ("dq", 64): Blocks(32, 32, 8, 2),
+    ("dq", 128): Blocks(32, 16, 8, 2),
+    ("dq", 256): Blocks(32, 16, 8, 2),
+    ("dkv", 64): Blocks(32, 32, 8, 2),
+    ("dkv", 128): Blocks(16, 32, 8, 2),
+    ("dkv", 256): Blocks(16, 32, 8, 2),
 }
 NORM_ROWS = 64
-HOPPER_SHARED_BYTES = 227 * 2**10  # of shared memory, which the tables count on
+# Shared memory that one program may have: the tables count on Hopper's. With two stages, head sizes
+# up to 128 fit the 99 KB of consumer GPUs; the wider ones don't.
+HOPPER_SHARED_BYTES = 227 * 2**10
+WIDE_SHARED_BYTES = 163 * 2**10
 
 
 def padded(head_size: int) -> int:
@@ -467,7 +471,7 @@ def padded(head_size: int) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """The shared memory that one program may have."""
+    """The shared memory that one program may have on this device."""
     if device.type != "cuda":  # the interpreter
         return HOPPER_SHARED_BYTES
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -517,10 +521,16 @@ def supports(
         return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA device, not {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
     if torch.version.hip:
         return "the Triton kernels were never tried on ROCm"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere, which Triton needs"
+    if head_size > 128 and shared_bytes(device) < WIDE_SHARED_BYTES:
+        return (
+            f"{torch.cuda.get_device_name(device)} has too little shared memory above head size 128"
+        )
     return None
 
 
@@ -533,12 +543,15 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float)
     Differentiable once; every result is the same bit for bit in every run. Ask `supports` first:
     ValueError for what it declines.
     """
+    return _forward(q, k, v, name, float(divisor))[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
     reason = supports(name, q.size(-1), q.dtype, q.device)
     if reason is not None:
         raise ValueError(reason)
     if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v must have one shape and one dtype")
-    return _forward(q, k, v, name, float(divisor))[0]
 
 
 def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -577,6 +590,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
+    _check(q, k, v, name)
     q, k, v = _one_set_of_strides(q, k, v)
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
@@ -595,6 +609,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, name, divisor):
+    _check(q, k, v, name)
     score = parse(name)[0]
     return _heads_last(q), _norms(q, score), _norms(q, score)
 
@@ -641,3 +656,42 @@ def _gradients(ctx, dy, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+# ----------------------------------------------------------------------------
+# Autotuning, on request
+
+
+CANDIDATES = [
+    Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
+    for BLOCK_M in (32, 64, 128)
+    for BLOCK_N in (32, 64, 128)
+    for num_warps, maxnreg in ((4, None), (4, 168), (8, None), (8, 128))
+    for num_stages in (2, 3, 4)
+]
+
+
+def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
+    """Time every candidate on these inputs, keep the fastest of each kernel for its head size (in
+    BLOCKS, until the process ends) and return them. It takes minutes, mostly of compiling."""
+    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
+    y, *norms = _forward(q, k, v, name, 1.0)
+    work = {
+        "forward": lambda: _forward(q, k, v, name, 1.0),
+        "dkv": lambda: _backward(y, q, k, v, *norms, name, 1.0),
+        "dq": lambda: _backward(y, q, k, v, *norms, name, 1.0),
+    }
+    for kernel, launch in work.items():
+        key = kernel, max(64, padded(q.size(-1)))
+        times = {}
+        for blocks in [table[key], *CANDIDATES]:
+            own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
+            if own % other != 0:  # see BLOCKS
+                continue
+            table[key] = blocks
+            try:
+                times[blocks] = triton.testing.do_bench(launch)
+            except triton.runtime.OutOfResources:
+                continue
+        table[key] = min(times, key=times.get)
+    return {kernel: table[kernel, max(64, padded(q.size(-1)))] for kernel in work}
