@@ -1,15 +1,26 @@
 """
-Speed of a training step: the very step of train.py, on synthetic or real data, timed or profiled.
+Speed: of a training step (the very step of train.py), and of attention alone.
 
-    python bench.py --attn_type=GK
-    python bench.py config/train_11.py --real_data=True
-    python bench.py config/train_gpt2.py --attn_type=PA_relu --profile=True
+    python bench.py --attn_type=GK                                   # one configuration
+    python bench.py config/train_11.py --real_data                   # on its own data
+    python bench.py config/train_gpt2.py --attn_type=PA_relu --profile
+    python bench.py --table=attention --out=bench.json               # one table, or
+    python bench.py --table=all --out=bench.json                     # all three
+
+The tables: `attention` is every attn_type alone, each implementation beside softmax, against T;
+`types` a training step for every attn_type; `lengths` the step against T, at a constant number of
+tokens. What stands in one table was measured in turn, round by round, in one process: trust its
+ratios. Times are medians.
 """
 
-import resource
+import ctypes
+import json
+import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -17,9 +28,12 @@ import torch
 
 import configurator
 import runtime
+from configurator import UserError
 from dataset import TRAIN, Dataset
-from model import GPT, GPTConfig
-from train import ARCHITECTURE, Config, check, overrides_of, train_step
+from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
+from train import ARCHITECTURE, Config, check, choose_impl, overrides_of, train_step
+
+TABLES = ("attention", "types", "lengths")
 
 
 @dataclass
@@ -28,27 +42,64 @@ class BenchConfig(Config):
     gradient_accumulation_steps: int = 1  # micro-steps per step
     vocab_size: int = 50304  # of the synthetic data; real data bring their own
     real_data: bool = False  # batches of `dataset` instead of random tokens
-    warmup: int = 3  # steps that are not counted
-    steps: int = 10  # steps that are
+    warmup: int = 3  # rounds that are not counted
+    steps: int = 10  # rounds that are
     profile: bool = False  # print the costliest operations, and write trace.json to out_dir
+    table: str = "step"  # step (this configuration), attention, types, lengths, or all
+    attn_types: str | None = None  # for the tables, e.g. SM,GK,PA_relu; auto: all there are
+    min_T: int = 256  # shortest sequence of the tables; they go up by factors of 4
+    max_T: int = 16384  # longest
+    out: str | None = None  # JSON file for the tables
 
 
-def peak_memory(rt: runtime.Runtime) -> float:
-    """GiB: of the GPU's allocator since the start, or of the whole process on a CPU."""
+# ----------------------------------------------------------------------------
+# Measuring
+
+
+def interleave(runs: list[Callable[[], object]], config: BenchConfig, rt) -> list[float]:
+    """Median seconds of each function, called in turn: what slows the machine slows them all."""
+    seconds = [[] for _ in runs]
+    for round_ in range(config.warmup + config.steps):
+        for run, times in zip(runs, seconds, strict=True):
+            rt.synchronize()
+            started = time.perf_counter()
+            run()
+            rt.synchronize()
+            if round_ >= config.warmup:
+                times.append(time.perf_counter() - started)
+    return [median(times) for times in seconds]
+
+
+def peak_memory(run: Callable[[], object], rt) -> float | None:
+    """MiB that one call of `run` takes at most on top of what was there; None if not known here."""
     if rt.device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if rt.device_type != "cpu" or not Path("/proc/self/clear_refs").exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # give back what was freed before, or it hides in reuse
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    before = resident("VmHWM")
+    run()
+    return resident("VmHWM") - before
 
 
-def main() -> None:
-    config = BenchConfig(**configurator.parse(BenchConfig, sys.argv[1:]))
-    check(config)
-    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
-    data = Dataset(config.dataset, config.data_dir) if config.real_data else None
+def resident(field: str) -> float:
+    """MiB of this process, from a line of Linux' /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+# ----------------------------------------------------------------------------
+# A training step
+
+
+def make_step(config: BenchConfig, rt, data: Dataset | None = None) -> tuple[Callable, GPT]:
+    """The training step of train.py for one configuration, as a function of nothing; its model."""
     vocab_size = data.vocab_size if data else config.vocab_size
     B, T = config.batch_size, config.block_size
-
     torch.manual_seed(config.seed)
     shape = {key: getattr(config, key) for key in ARCHITECTURE}
     raw_model = GPT(GPTConfig(vocab_size=vocab_size, **shape, **overrides_of(config)))
@@ -57,6 +108,7 @@ def main() -> None:
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
     )
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
+    step = iter(range(sys.maxsize))
 
     def get_batch(step, micro_step):
         if data:
@@ -64,41 +116,132 @@ def main() -> None:
         tokens = torch.randint(vocab_size, (B, T + 1))
         return rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
-    def timed_step(step) -> float:
-        started = time.perf_counter()
-        train_step(model, optimizer, scaler, get_batch, rt, config, step).item()  # waits for it
-        return time.perf_counter() - started
-
-    for step in range(config.warmup):
-        timed_step(step)
-    if config.profile:
-        profile(timed_step, config, rt)
-        return
-    seconds = median(timed_step(config.warmup + i) for i in range(config.steps))
-    tokens = config.gradient_accumulation_steps * B * T
-    mfu = raw_model.estimate_mfu(
-        config.gradient_accumulation_steps * B // rt.world_size, seconds, T
+    return (
+        lambda: train_step(model, optimizer, scaler, get_batch, rt, config, next(step)),
+        raw_model,
     )
-    rt.print(
-        f"{config.attn_type}, L{config.n_layer} H{config.n_head} C{config.n_embd} T{T} B{B} "
-        f"V{vocab_size}, {rt.device} {rt.dtype}: {1000 * seconds:.1f} ms/step (median of "
-        f"{config.steps}), {tokens / seconds:,.0f} tokens/s, "
-        f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}, peak memory {peak_memory(rt):.2f} GiB"
-    )
-    rt.close()
 
 
-def profile(timed_step, config: BenchConfig, rt: runtime.Runtime) -> None:
+def step_rows(configs: list[BenchConfig], rt, data: Dataset | None = None) -> list[dict]:
+    """A row for the training step of each configuration, measured in turn."""
+    steps, models = zip(*(make_step(config, rt, data) for config in configs), strict=True)
+    rows = []
+    for config, run, model, seconds in zip(
+        configs, steps, models, interleave(steps, configs[0], rt), strict=True
+    ):
+        sequences = config.gradient_accumulation_steps * config.batch_size
+        mfu = model.estimate_mfu(sequences // rt.world_size, seconds, config.block_size)
+        rows.append(
+            {
+                "attn_type": config.attn_type,
+                "impl": choose_impl(config, rt),
+                "T": config.block_size,
+                "B": config.batch_size,
+                "ms": 1000 * seconds,
+                "tokens_per_s": sequences * config.block_size / seconds,
+                "mfu": mfu,
+                "peak_MiB": peak_memory(run, rt),
+            }
+        )
+    return rows
+
+
+# ----------------------------------------------------------------------------
+# The tables
+
+
+def forward(attend, q, k, v) -> None:
+    with torch.no_grad():
+        attend(q, k, v)
+
+
+def forward_backward(attend, q, k, v, dy) -> None:
+    torch.autograd.grad(attend(q, k, v), (q, k, v), dy)
+
+
+def attention_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+    """Attention alone, forward and forward + backward, every implementation beside SDPA softmax."""
+    B, nh, hs = config.batch_size, config.n_head, config.n_embd // config.n_head
+    rows = []
+    for T in lengths(config):
+        dtype = getattr(torch, rt.dtype)
+        qkv = torch.randn(B, T, 3, nh, hs, device=rt.device, dtype=dtype)
+        q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        dy = torch.randn(B, T, nh, hs, device=rt.device, dtype=dtype).transpose(1, 2)
+        group, forwards, both = [], [], []
+        for attn_type in ["SM", *(t for t in attn_types if t != "SM")]:
+            for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
+                big = impl == "reference" and attn_type != "SM" and B * nh * T * T > 2**28
+                if reason is not None or big:  # the formula takes several (B, nh, T, T)
+                    continue
+                attend = attention(attn_type, T, impl=impl)
+                group.append({"attn_type": attn_type, "impl": impl, "T": T})
+                forwards.append(partial(forward, attend, q, k, v))
+                both.append(partial(forward_backward, attend, q, k, v, dy))
+        flops = 4 * B * nh * hs * T * T / 2  # two causal products; the backward has five
+        timed = zip(interleave(forwards, config, rt), interleave(both, config, rt), strict=True)
+        for row, run, (fwd, fwd_bwd) in zip(group, both, timed, strict=True):
+            row |= {"fwd_ms": 1000 * fwd, "fwd_bwd_ms": 1000 * fwd_bwd}
+            row |= {
+                "fwd_TFLOPs": flops / fwd / 1e12,
+                "fwd_bwd_TFLOPs": 3.5 * flops / fwd_bwd / 1e12,
+            }
+            row |= {"times_SDPA": row["fwd_bwd_ms"] / group[0]["fwd_bwd_ms"]}
+            row |= {"peak_MiB": peak_memory(run, rt)}
+        rows += group
+    return rows
+
+
+def types_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+    return step_rows([replace(config, attn_type=t) for t in attn_types], rt)
+
+
+def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+    tokens = config.batch_size * config.block_size
+    rows = []
+    for T in lengths(config):
+        B = max(1, tokens // T)
+        shape = replace(config, block_size=T, batch_size=B)
+        rows += step_rows([replace(shape, attn_type=t) for t in attn_types], rt)
+    return rows
+
+
+def lengths(config: BenchConfig) -> list[int]:
+    return [T for T in (config.min_T * 4**i for i in range(20)) if T <= config.max_T]
+
+
+def show(title: str, rows: list[dict]) -> None:
+    """Print rows as one aligned table."""
+
+    def cell(value):
+        if value is None:
+            return "n/a"
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        return str(value)
+
+    table = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(f"\n{title}")
+    for line in table:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def profile(config: BenchConfig, rt, data: Dataset | None) -> None:
     """Run the counted steps under torch's profiler; print the costliest operations."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
+    run, _ = make_step(config, rt, data)
+    for _ in range(config.warmup):
+        run()
     activities = [ProfilerActivity.CPU]
     if rt.device_type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with torch_profile(activities=activities) as profiler:
-        for i in range(config.steps):
-            timed_step(config.warmup + i)
+        for _ in range(config.steps):
+            run()
+        rt.synchronize()
     by = "self_cuda_time_total" if rt.device_type == "cuda" else "self_cpu_time_total"
     rt.print(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40))
     if rt.is_main:
@@ -106,6 +249,45 @@ def profile(timed_step, config: BenchConfig, rt: runtime.Runtime) -> None:
         trace = Path(config.out_dir) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         rt.print(f"timeline in {trace}; open it in https://ui.perfetto.dev")
+
+
+def main() -> None:
+    config = BenchConfig(**configurator.parse(BenchConfig, sys.argv[1:]))
+    check(config)
+    if config.table not in ("step", "all", *TABLES):
+        raise UserError(f"table={config.table} is none of step, {', '.join(TABLES)}, all")
+    attn_types = [name.replace("-n", "-8") for name in ATTN_TYPES]
+    if config.attn_types is not None:
+        attn_types = config.attn_types.split(",")
+    try:
+        for attn_type in attn_types:
+            parse_attn_type(attn_type)
+    except ValueError as error:
+        raise UserError(error) from error
+    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
+    data = Dataset(config.dataset, config.data_dir) if config.real_data else None
+    if config.profile:
+        profile(config, rt, data)
+        return
+
+    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
+    where = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
+    results = {"machine": where, "torch": torch.__version__, "python": platform.python_version()}
+    results |= {"config": {**vars(config)}}
+    rt.print(where)
+    if config.table == "step":
+        results["step"] = step_rows([config], rt, data)
+        if rt.is_main:
+            show(f"training step, {shape}", results["step"])
+    makers = {"attention": attention_table, "types": types_table, "lengths": lengths_table}
+    for name in TABLES if config.table == "all" else [config.table]:
+        if name in makers:
+            results[name] = makers[name](config, attn_types, rt)
+            if rt.is_main:
+                show(f"{name}, {shape}", results[name])
+    if config.out and rt.is_main:
+        Path(config.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    rt.close()
 
 
 if __name__ == "__main__":

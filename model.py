@@ -25,6 +25,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels
+
 # ----------------------------------------------------------------------------
 # Attention
 #
@@ -121,20 +123,82 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> 
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
+IMPLEMENTATIONS = ("auto", "reference", "blockwise", "triton")
+
+
+def refusals(
+    attn_type: str,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    dropout: float = 0.0,
+) -> dict[str, str | None]:
+    """Why each implementation can't run, the fastest first, in one line; None where it can."""
+    if attn_type == "SM":
+        return {"reference": None}  # torch chooses among its own fused kernels
+    device = torch.device(device)
+    fused = None if device.type in ("cpu", "cuda") else f"not tested on {device.type}"
+    return {
+        "triton": triton_refusal(attn_type, head_size, dtype, device, dropout),
+        "blockwise": fused,
+        "reference": None,
+    }
+
+
+def triton_refusal(attn_type, head_size, dtype, device, dropout) -> str | None:
+    if device.type != "cuda":
+        return f"the Triton kernels need a CUDA device, not {device.type}"
+    if dropout > 0:
+        return "the Triton kernels have no dropout"
+    try:
+        import triton_kernels
+    except ImportError as error:
+        return f"the Triton kernels can't be imported: {error}"
+    return triton_kernels.supports(attn_type, head_size, dtype, device)
+
+
+@torch.compiler.assume_constant_result
+def choose(impl: str, attn_type: str, *where, dropout: float = 0.0) -> str:
+    """The implementation that `impl` means `where` = (head_size, dtype, device). Raises ValueError
+    if it can't run there."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    reasons = refusals(attn_type, *where, dropout)
+    if impl == "auto" or attn_type == "SM":
+        return next(name for name, reason in reasons.items() if reason is None)
+    if reasons[impl]:
+        raise ValueError(f"attn_impl={impl} can't run: {reasons[impl]}; auto takes the fastest")
+    return impl
+
+
 def attention(
-    attn_type: str, block_size: int, pa_length_power: float = 1.0
+    attn_type: str, block_size: int, pa_length_power: float = 1.0, impl: str = "auto"
 ) -> Callable[..., Tensor]:
     """The causal attention that `attn_type` names, as a callable (q, k, v, dropout=0.0) -> y.
 
     `block_size` is L, the length that the model was trained with: PA_f divides by
     L ** pa_length_power, never by the length of the present input, so that a row does not depend
-    on what follows it. Raises ValueError for an unknown attn_type.
+    on what follows it. `impl` is 'reference' (the formula above), 'blockwise' or 'triton' (the same
+    function in O(T) memory), or 'auto', the fastest of them that can run. Raises ValueError for an
+    unknown attn_type, and when called where `impl` can't run.
     """
     variant = parse_attn_type(attn_type)
     if variant is None:
         return softmax_attention
     divisor = float(block_size) ** pa_length_power if variant.by_length else 1.0
-    return partial(pointwise_attention, variant=variant, divisor=divisor)
+    blockwise = kernels.blockwise(attn_type, variant, divisor)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout=dropout)
+        if chosen == "triton":
+            import triton_kernels
+
+            return triton_kernels.triton_attention(q, k, v, attn_type, divisor)
+        if chosen == "blockwise":
+            return blockwise(q, k, v, dropout)
+        return pointwise_attention(q, k, v, variant, divisor, dropout)
+
+    return attend
 
 
 # ----------------------------------------------------------------------------
@@ -156,9 +220,8 @@ class GPTConfig:
     attn_type: str = "SM"
     pa_length: int | None = None  # L of PA_f; None: block_size. Cropping the model leaves it alone
     pa_length_power: float = 1.0
-    gelu: str = (
-        "none"  # 'none' is the exact GELU of nanoGPT, 'tanh' the approximation of OpenAI's GPT-2
-    )
+    gelu: str = "none"  # 'none' is the exact GELU of nanoGPT, 'tanh' the form of OpenAI's GPT-2
+    attn_impl: str = "auto"  # see attention(); it belongs to the machine, not to the model
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -179,7 +242,9 @@ class GPTConfig:
         """
         nanogpt = {f.name for f in fields(self)[:7]}
         default = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in asdict(self).items() if k in nanogpt or v != default[k]}
+        args = {k: v for k, v in asdict(self).items() if k in nanogpt or v != default[k]}
+        args.pop("attn_impl", None)
+        return args
 
 
 class LayerNorm(nn.Module):
@@ -202,9 +267,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.attend = attention(
-            config.attn_type, config.pa_length or config.block_size, config.pa_length_power
-        )
+        L = config.pa_length or config.block_size
+        self.attend = attention(config.attn_type, L, config.pa_length_power, config.attn_impl)
 
     def forward(self, x):
         B, T, C = x.size()
@@ -315,7 +379,7 @@ class GPT(nn.Module):
         """GPT-2 weights from transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the hub name
         or local folder of any model of that architecture.
 
-        `override_args` may hold dropout, attn_type, pa_length and pa_length_power. Raises OSError
+        `override_args` may hold dropout and what nanoGPT has not, such as attn_type. Raises OSError
         if the weights can't be had, ValueError if the model is not a GPT-2 as this class has it.
         """
         from transformers import AutoConfig, GPT2LMHeadModel
@@ -323,7 +387,7 @@ class GPT(nn.Module):
         from runtime import HUB, reachable
 
         override_args = override_args or {}
-        unknown = override_args.keys() - {"dropout", "attn_type", "pa_length", "pa_length_power"}
+        unknown = override_args.keys() - {f.name for f in fields(GPTConfig)[7:]} - {"dropout"}
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))} can't be overridden in {model_type}")
         try:

@@ -42,15 +42,17 @@ class Config:
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: str | None = None  # float32, bfloat16 or float16; auto: by the device
     compile: bool = False  # torch.compile
+    attn_impl: str = "auto"  # reference (the formula), blockwise or triton; auto: the fastest
 
 
 def load(config: Config) -> tuple[GPT, object]:
     """The model, on the CPU and in eval mode, and its tokenizer. Raises UserError if either can't
     be had."""
+    overrides = {"dropout": 0.0, "attn_impl": config.attn_impl}
     if config.init_from != "resume":
         tokenizer = tokenizers.from_meta({"tokenizer": "gpt2"})  # first: it fails sooner
         try:
-            return GPT.from_pretrained(config.init_from, {"dropout": 0.0}).eval(), tokenizer
+            return GPT.from_pretrained(config.init_from, overrides).eval(), tokenizer
         except (OSError, ValueError) as error:
             allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
             raise UserError(f"{error}; init_from is {allowed}") from error
@@ -62,7 +64,7 @@ def load(config: Config) -> tuple[GPT, object]:
     meta = checkpoint.get("tokenizer")
     if not meta:  # nanoGPT's checkpoints name their data set instead
         meta = read_meta(data_folder(str(checkpoint["config"].get("dataset", "openwebtext"))))
-    model = ckpt.build_model(checkpoint, path, dropout=0.0)
+    model = ckpt.build_model(checkpoint, path, **overrides)
     return model.eval(), tokenizers.from_meta(meta)
 
 

@@ -32,7 +32,7 @@ import configurator
 import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
-from model import GPT, GPTConfig, parse_attn_type
+from model import GPT, GPTConfig, choose, parse_attn_type
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Config:
 
     # Model
     attn_type: str = "SM"  # SM, GK, GKpoly-n or PA_f; see README.md
+    attn_impl: str = "auto"  # reference (the formula), blockwise or triton; auto: the fastest
     pa_length_power: float = 1.0  # PA_f is divided by block_size to this power
     n_layer: int = 12  # blocks
     n_head: int = 12  # heads per block
@@ -90,7 +91,7 @@ class Config:
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
-    "out_dir save_dir init_from eval_only data_dir device dtype compile backend".split()
+    "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl".split()
 )
 
 # ----------------------------------------------------------------------------
@@ -206,10 +207,23 @@ def build_model(config: Config, given: dict, source: dict | None, data: Dataset)
     return model
 
 
+def choose_impl(config: Config, rt: runtime.Runtime) -> str:
+    """The implementation of the attention that will run. Raises UserError if it can't."""
+    head_size, dtype = config.n_embd // config.n_head, getattr(torch, rt.dtype)
+    try:
+        return choose(
+            *(config.attn_impl, config.attn_type, head_size, dtype, rt.device),
+            dropout=config.dropout,
+        )
+    except ValueError as error:
+        raise UserError(error) from error
+
+
 def overrides_of(config: Config) -> dict:
     """The fields of GPTConfig that may differ from those of the weights a model starts with."""
     return {
         "attn_type": config.attn_type,
+        "attn_impl": config.attn_impl,
         "pa_length_power": config.pa_length_power,
         "dropout": config.dropout,
     }
@@ -411,10 +425,12 @@ def main() -> None:
     model = rt.wrap(raw_model)
     eval_model = model.module if rt.world_size > 1 else model  # no gradients for DDP to sync
     tokens_per_step = config.gradient_accumulation_steps * B * T
+    impl = choose_impl(config, rt)
     rt.print(
-        f"{config.attn_type} on {rt.device}, {rt.dtype}, compile {'on' if rt.compile else 'off'}, "
-        f"{rt.world_size} rank(s); {raw_model.get_num_params():,} parameters, "
-        f"{tokens_per_step:,} tokens per step, data set {data.name}"
+        f"{config.attn_type} ({impl}) on {rt.device}, {rt.dtype}, "
+        f"compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
+        f"{raw_model.get_num_params():,} parameters, {tokens_per_step:,} tokens per step, "
+        f"data set {data.name}"
     )
     if config.eval_only:
         losses = evaluate(eval_model, data, rt, config)

@@ -145,6 +145,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
         (["--dataset=../abc"], "not a name"),
         (["--dataset=nothing"], "prepare.py"),
         (["--save_dir=x"], "finetune"),
+        (["--attn_type=GK", "--attn_impl=triton"], "need a CUDA device"),
+        (["--attn_impl=fast"], "reference, blockwise, triton"),
         (["--init_from=no-such-model"], "scratch, resume, finetune"),
     ],
 )

@@ -9,7 +9,16 @@ import torch
 from conftest import EVERY_ATTN_TYPE
 
 import model as model_module
-from model import ATTN_TYPES, GPT, GPTConfig, Pointwise, attention, parse_attn_type, peak_flops
+from model import (
+    ATTN_TYPES,
+    GPT,
+    GPTConfig,
+    Pointwise,
+    attention,
+    choose,
+    parse_attn_type,
+    peak_flops,
+)
 
 erf = np.vectorize(math.erf)
 NUMPY_F = {
@@ -96,10 +105,11 @@ def tiny_gpt(attn_type="SM", **kwargs):
     return model
 
 
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
-def test_logits_and_loss_equal_an_independent_float64_forward(attn_type, bias):
-    model = tiny_gpt(attn_type, bias=bias).eval()
+def test_logits_and_loss_equal_an_independent_float64_forward(attn_type, bias, impl):
+    model = tiny_gpt(attn_type, bias=bias, attn_impl=impl).eval()
     idx, targets = torch.randint(11, (3, 10)), torch.randint(11, (3, 10))
     logits, loss = model(idx, targets)
     expected_logits, expected_loss = numpy_gpt(model, idx.numpy(), targets.numpy())
@@ -179,6 +189,25 @@ def test_under_autocast_distances_are_computed_in_float32():
         y = attend(*half)
     assert y.dtype == torch.bfloat16
     assert (y.double() - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_auto_takes_the_fastest_implementation_and_others_say_why_they_can_not_run():
+    where = (64, torch.float32, "cpu")
+    assert choose("auto", "GK", *where) == "blockwise"
+    assert choose("auto", "SM", *where) == choose("triton", "SM", *where) == "reference"
+    assert choose("reference", "GK", *where) == "reference"
+    with pytest.raises(ValueError, match="need a CUDA device"):
+        choose("triton", "GK", *where)
+    with pytest.raises(ValueError, match="none of auto, reference, blockwise, triton"):
+        choose("cuda", "GK", *where)
+    with pytest.raises(ValueError, match="no dropout"):
+        choose("triton", "GK", 64, torch.float32, "cuda", dropout=0.1)
+    assert choose("auto", "GK", 64, torch.float32, "cuda", dropout=0.1) == "blockwise"
+
+
+def test_the_implementation_is_no_property_of_the_model():
+    config = GPTConfig(attn_type="GK", attn_impl="reference")
+    assert "attn_impl" not in config.model_args()
 
 
 def test_gkpoly_approaches_the_gaussian_kernel():

@@ -1,0 +1,390 @@
+"""
+Pointwise attention in O(T) memory: model.py's formulas, tile by tile, for CPU and for CUDA.
+
+With x and f as in model.py's registry, A[i, j] = f(x[i, j]) for j <= i and 0 above the diagonal:
+
+    y_i  = sum_j A_ij v_j / divisor
+    dv_j = sum_i A_ij dy_i / divisor
+    G_ij = f'(x_ij) dy_i . v_j / divisor                             (the gradient of x)
+    dq_i = c sum_j G_ij k_j,   dk_j = c sum_i G_ij q_i               for the score 'dot'
+    dq_i = c sum_j G_ij (k_j - q_i),   dk_j = c sum_i G_ij (q_i - k_j)      for 'distance'
+
+Nothing is normalised over j, so a tile needs nothing from the others of its row, and backward
+recomputes it from q, k and v alone. The constants 1 / divisor and c wait for the last, small sums.
+
+Shapes: B batch, nh heads, T sequence length, hs head size; N of the B nh heads are in one tile,
+with `size` rows i and `size` columns j (the last ones of a sequence may be fewer).
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# ----------------------------------------------------------------------------
+# Pointwise functions
+#
+# f_(x, g) returns f(x) and, where g is given, turns g into g f'(x). It works in place: in a tile
+# that fits the cache, fresh memory costs more than the arithmetic.
+
+
+def exp_(x, g=None):
+    x.exp_()
+    if g is not None:
+        g.mul_(x)
+    return x
+
+
+def gaussian_poly_(x, g=None, *, n):
+    """b^(2^n) with b = 1 + x / 2^n, and its derivative as the product b b^2 b^4 ... b^(2^(n-1)).
+
+    Each squaring doubles the relative error, which begins with b, rounded to 2^-25 in float32. So
+    only the last 6 are done on b. Those before are done on s, where b = 1 + s / 2^m, more exactly:
+    b^2 = 1 + s' / 2^(m-1) with s' = s + s^2 / 2^(m+1), and ds'/ds = b.
+    """
+    last = min(n, 6)
+    for m in range(n, last, -1):
+        if g is not None:
+            g.addcmul_(g, x, value=2.0**-m)
+        x.addcmul_(x, x, value=2.0 ** -(m + 1))
+    torch.add(x.new_ones(()), x, alpha=2.0**-last, out=x)
+    for _ in range(last):
+        if g is not None:
+            g.mul_(x)
+        x.mul_(x)
+    return x
+
+
+def square_(x, g=None):
+    if g is not None:
+        g.mul_(x).mul_(2)
+    return x.mul_(x)
+
+
+def sigmoid_(x, g=None):
+    """f' = f(x) f(-x): in float32, f (1 - f) has no digit left where f is nearly 1."""
+    if g is not None:
+        g.mul_(torch.sigmoid(-x))
+    x.sigmoid_()
+    if g is not None:
+        g.mul_(x)
+    return x
+
+
+def tanh_(x, g=None):
+    """f' = 1 / cosh^2, for the same reason."""
+    if g is not None:
+        g.div_(torch.cosh(x).square_())
+    return x.tanh_()
+
+
+def aten_(f_, backward, *args):
+    """f_ with the derivative that torch has for it."""
+
+    def apply_(x, g=None):
+        if g is not None:
+            backward.grad_input(g, x, *args, grad_input=g)
+        return f_(x)
+
+    return apply_
+
+
+HAND_WRITTEN = {
+    "GK": exp_,
+    "GKpoly-n": gaussian_poly_,
+    "PA_gelu": aten_(aten.gelu_, aten.gelu_backward),
+    "PA_relu": aten_(torch.relu_, aten.threshold_backward, 0),
+    "PA_sigmoid": sigmoid_,
+    "PA_square": square_,
+    "PA_relu-square": lambda x, g=None: square_(x.relu_(), g),
+    "PA_silu": aten_(aten.silu_, aten.silu_backward),
+    "PA_tanh": tanh_,
+    "PA_softplus": aten_(lambda x: aten.softplus.out(x, out=x), aten.softplus_backward, 1, 20),
+    "PA_identity": lambda x, g=None: x,
+}
+
+
+def by_autograd_(x, g=None, *, f):
+    """What any other f gets."""
+    if g is None:
+        return f(x)
+    # An operator runs with autograd excluded from dispatch. (torch.func would work in spite of
+    # that, but not under a TorchDispatchMode such as FlopCounterMode.)
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        A = f(x)
+        dx = torch.autograd.grad(A, x, g)[0] if A.requires_grad else torch.zeros_like(x)
+    g.copy_(dx)
+    return A.detach()
+
+
+def in_place(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The f_ for the registry's f under `name`: 'GK', 'GKpoly-8', 'PA_relu', ...
+
+    What is written by hand above belongs to one formula. If f is another (somebody edited the
+    registry), autograd takes its place.
+    """
+    family = re.sub(r"-\d+$", "-n", name)
+    f_ = HAND_WRITTEN.get(family)
+    if f_ and family != name:
+        f_ = partial(f_, n=int(name.rpartition("-")[2]))
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64, device="cpu")
+    return f_ if f_ and torch.allclose(f_(x.clone()), f(x), 1e-9) else partial(by_autograd_, f=f)
+
+
+# ----------------------------------------------------------------------------
+# Tiles
+
+
+def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[int, int]:
+    """(rows and columns of a tile, heads in a tile at most).
+
+    A tile on the diagonal is half wasted, so a share size / T of all arithmetic is: small tiles.
+    A tile costs some 15 calls forward and backward, of a few microseconds each: many elements,
+    hence many heads at once. The tile and its gradient should stay in the cache: at most 2^17
+    elements (512 KiB in float32) per thread. Measured on 2 cores with 2 MiB of L2 each.
+    A GPU's launches cost more and its memory is fast: 2^25 elements (not measured).
+    """
+    if device.type != "cpu":
+        size, elements = 512, 2**25
+    else:
+        size = 64 if T <= 512 else 128 if B * nh * hs > 256 else 256
+        elements = 2**17 * torch.get_num_threads()
+    return size, max(1, elements // size**2)
+
+
+def head_groups(B: int, nh: int, at_most: int) -> Iterator[tuple[slice, slice]]:
+    """Slices (b, h) of batch and heads that hold `at_most` heads or fewer, equally many if may be.
+
+    All heads of some sequences, or some heads of one.
+    """
+
+    def parts(length, at_most):
+        step = math.ceil(length / math.ceil(length / max(1, at_most)))
+        return [slice(i, i + step) for i in range(0, length, step)]
+
+    for b in parts(B, at_most // nh):
+        for h in parts(nh, at_most):
+            yield b, h
+
+
+def add_product_(acc: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """acc = beta acc + alpha a b, with beta 0 or 1; a and b may be half where acc is float32."""
+    if a.dtype == acc.dtype:
+        acc.baddbmm_(a, b, alpha=alpha, beta=beta)
+    else:
+        acc = acc if beta else acc.zero_()
+        acc.add_(torch.bmm(a, b, out_dtype=acc.dtype), alpha=alpha)
+
+
+def heads_side_by_side(like: Tensor) -> Tensor:
+    """An empty (B, nh, T, hs) that is (B, T, nh, hs) in memory: (B, T, C) again without a copy."""
+    B, nh, T, hs = like.shape
+    return like.new_empty(B, T, nh, hs).transpose(1, 2)
+
+
+class Tiles:
+    """What forward and backward share: the blocks of q and k, memory, and the weights of a tile."""
+
+    def __init__(self, q: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float):
+        score, self.f_ = VARIANTS[name]
+        self.distance = score == "distance"
+        self.c = 1 / math.sqrt(q.size(3))
+        self.keep = 1 - dropout
+        self.scale = 1 / (divisor * self.keep)
+        self.size, heads = tile_size(*q.shape, q.device)
+        self.groups = list(head_groups(*q.shape[:2], heads))
+        # Scores, weights and sums are float32 at least: a distance between half-precision vectors
+        # is a small difference of large numbers. On CUDA the factors of a product stay half.
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.narrow = q.dtype if q.is_cuda else self.wide
+        self.device, self.memory = q.device, {}
+        if dropout:
+            # Forward and backward walk the tiles in the same order: same seed, same masks
+            self.generator = torch.Generator(q.device).manual_seed(int(seed))
+
+    def load(self, q: Tensor, k: Tensor) -> None:
+        """Take the q and k (b, h, T, hs) of the next group of heads."""
+        self.q, self.k = self.blocks("q", q), self.blocks("k", k)
+        if self.distance:
+            self.q_norm = [self.norm(q_i) for q_i in self.q]
+            self.k_norm = [self.norm(k_j) for k_j in self.k]
+
+    def norm(self, block: Tensor) -> Tensor:
+        """-c/2 |q_i|^2: (N, size, hs) -> (N, size, 1)."""
+        length = torch.linalg.vector_norm(block, dim=2, keepdim=True, dtype=self.wide)
+        return length.square_().mul_(-self.c / 2)
+
+    def empty(self, name: str | tuple, shape: tuple, dtype: torch.dtype) -> Tensor:
+        """Memory for `name`: the same for every later tile, so that it stays in the cache."""
+        if (name, shape) not in self.memory:
+            self.memory[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.memory[name, shape]
+
+    def rows(self, t: Tensor) -> tuple[Tensor, ...]:
+        """(b, h, T, hs) -> blocks of rows, each (b, h, size, hs)."""
+        return t.split(self.size, dim=2)
+
+    def blocks(self, name: str, t: Tensor) -> list[Tensor]:
+        """(b, h, T, hs) -> blocks of rows to multiply, each (N, size, hs): views if they can be."""
+        rows = self.rows(t)
+        mergeable = 1 in t.shape[:2] or t.stride(0) == t.size(1) * t.stride(1)
+        if t.dtype != self.narrow or t.stride(3) != 1 or not mergeable:
+            rows = [
+                self.empty((name, i), row.shape, self.narrow).copy_(row)
+                for i, row in enumerate(rows)
+            ]
+        return [row.flatten(0, 1) for row in rows]
+
+    def transposed(self, name: str, block: Tensor) -> Tensor:
+        """A copy of block.mT, by which the product q k^T is a fifth faster than by the view."""
+        return self.empty(name, block.mT.shape, self.narrow).copy_(block.mT)
+
+    def sum(self, name: str | tuple, block: Tensor) -> Tensor:
+        """Memory, not initialised, for a sum in the shape of a block."""
+        return self.empty(name, block.shape, self.wide)
+
+    def weights(self, i: int, j: int, kt_j: Tensor, G: Tensor | None = None) -> Tensor:
+        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x."""
+        x = self.empty("x", (*self.q[i].shape[:2], kt_j.size(2)), self.wide)
+        if self.distance:
+            torch.add(self.q_norm[i], self.k_norm[j].mT, out=x)
+        add_product_(x, self.q[i], kt_j, alpha=self.c, beta=float(self.distance))
+        if i == j:
+            x.tril_()  # a hidden score may overflow, and 0 * inf is not 0
+        if self.keep < 1:
+            kept = self.empty("kept", x.shape, self.wide)
+            kept.bernoulli_(self.keep, generator=self.generator)
+            if G is not None:
+                G.mul_(kept)
+        A = self.f_(x, G)
+        if self.keep < 1:
+            A = A.mul_(kept)
+        if i == j:
+            A = A.tril_()
+            if G is not None:
+                G.tril_()
+        return A.to(self.narrow)
+
+
+# ----------------------------------------------------------------------------
+# Forward and backward, as operators that torch.compile does not look into
+
+VARIANTS = {}  # name -> (score, f_); an operator's arguments may be strings but not functions
+
+
+@torch.library.custom_op("pointwise::blockwise", mutates_args=())
+def blockwise_forward(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float
+) -> Tensor:
+    """y (B, nh, T, hs), see the top of the file."""
+    y = heads_side_by_side(q)
+    with torch.autocast(q.device.type, enabled=False):
+        t = Tiles(q, seed, name, divisor, dropout)
+        for b, h in t.groups:
+            t.load(q[b, h], k[b, h])
+            y_sums = [t.sum(("y", i), q_i) for i, q_i in enumerate(t.q)]
+            for j, v_j in enumerate(t.blocks("v", v[b, h])):
+                kt_j = t.transposed("kt", t.k[j])
+                for i in range(j, len(t.q)):
+                    add_product_(y_sums[i], t.weights(i, j, kt_j), v_j, beta=float(j > 0))
+            for y_i, y_sum in zip(t.rows(y[b, h]), y_sums, strict=True):
+                torch.mul(y_sum.view(y_i.shape), t.scale, out=y_i)
+    return y
+
+
+@torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
+def blockwise_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    name: str,
+    divisor: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv (B, nh, T, hs), see the top of the file."""
+    dq, dk, dv = (heads_side_by_side(q) for _ in range(3))
+    with torch.autocast(q.device.type, enabled=False):
+        t = Tiles(q, seed, name, divisor, dropout)
+        for b, h in t.groups:
+            t.load(q[b, h], k[b, h])
+            dy_blocks, v_blocks = t.blocks("dy", dy[b, h]), t.blocks("v", v[b, h])
+            dk_rows, dv_rows = t.rows(dk[b, h]), t.rows(dv[b, h])
+            dq_sums = [t.sum(("dq", i), q_i) for i, q_i in enumerate(t.q)]
+            G_rows = [0.0] * len(t.q)  # sum_j G_ij, each (N, size, 1)
+            for j, k_j in enumerate(t.k):
+                kt_j, vt_j = t.transposed("kt", k_j), t.transposed("vt", v_blocks[j])
+                dk_sum, dv_sum = t.sum("dk", k_j), t.sum("dv", k_j)
+                G_columns = 0.0  # sum_i G_ij, (N, 1, size)
+                for i in range(j, len(t.q)):
+                    G = t.empty("G", (*t.q[i].shape[:2], vt_j.size(2)), t.wide)
+                    add_product_(G, dy_blocks[i], vt_j, beta=0.0)
+                    A = t.weights(i, j, kt_j, G)
+                    G = G.to(t.narrow)
+                    add_product_(dv_sum, A.mT, dy_blocks[i], beta=float(i > j))
+                    add_product_(dk_sum, G.mT, t.q[i], beta=float(i > j))
+                    add_product_(dq_sums[i], G, k_j, beta=float(j > 0))
+                    if t.distance:
+                        G_rows[i] += G.sum(2, keepdim=True, dtype=t.wide)
+                        G_columns += G.sum(1, keepdim=True, dtype=t.wide)
+                if t.distance:
+                    dk_sum.addcmul_(k_j, G_columns.mT, value=-1)
+                torch.mul(dk_sum.view(dk_rows[j].shape), t.scale * t.c, out=dk_rows[j])
+                torch.mul(dv_sum.view(dv_rows[j].shape), t.scale, out=dv_rows[j])
+            for i, dq_i in enumerate(t.rows(dq[b, h])):
+                if t.distance:
+                    dq_sums[i].addcmul_(t.q[i], G_rows[i], value=-1)
+                torch.mul(dq_sums[i].view(dq_i.shape), t.scale * t.c, out=dq_i)
+    return dq, dk, dv
+
+
+@blockwise_forward.register_fake
+def _(q, k, v, seed, name, divisor, dropout):
+    return heads_side_by_side(q)
+
+
+@blockwise_backward.register_fake
+def _(dy, q, k, v, seed, name, divisor, dropout):
+    return heads_side_by_side(q), heads_side_by_side(q), heads_side_by_side(q)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, seed, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, seed)
+
+
+def _backward(ctx, dy):
+    return *blockwise_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *, name: str, divisor: float
+) -> Tensor:
+    """Causal pointwise attention, (B, nh, T, hs) x 3 -> (B, nh, T, hs), any strides, one dtype.
+
+    y is (B, T, nh, hs) in memory. Memory grows with T, not with T^2. `dropout` drops weights.
+    """
+    # Drawn out here from torch's own generator, so that a seed and a checkpoint reproduce it
+    seed = torch.randint(2**62, (), device="cpu") if dropout else None
+    return blockwise_forward(q, k, v, seed, name, divisor, dropout)
+
+
+def blockwise(name: str, variant, divisor: float) -> Callable[..., Tensor]:
+    """The attention `name` ('GKpoly-8', ...) as a callable (q, k, v, dropout=0.0) -> y.
+
+    `variant` is its registry entry (score, f, ...). A name that was given before means the new
+    entry from now on.
+    """
+    VARIANTS[name] = (variant.score, in_place(name, variant.f))
+    return partial(blockwise_attention, name=name, divisor=divisor)

@@ -1,0 +1,145 @@
+"""
+Pictures, each as PNG and SVG, from what train.py and bench.py wrote.
+
+    python plot.py loss OUT [OUT ...]       # losses of runs against tokens      -> loss.png
+    python plot.py bench bench.json         # the tables of bench.py --out=...   -> bench-*.png
+
+They go to the current folder, or to the one that --to=FOLDER names.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import configurator
+from configurator import UserError
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; softmax is always black
+COLOURS = ["#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
+STYLES = ["-", "--", ":"]  # a second and a third attn_type of one colour
+
+
+def look_of(attn_types: list[str]) -> dict:
+    """Colour and line style for each attn_type."""
+    others = [t for t in dict.fromkeys(attn_types) if t != "SM"]
+    looks = {
+        t: {"color": COLOURS[i % 6], "linestyle": STYLES[i // 6 % 3]} for i, t in enumerate(others)
+    }
+    return {"SM": {"color": "black", "linestyle": "-"}, **looks}
+
+
+def new_figure(columns: int, title: str):
+    """A figure with `columns` panels side by side and one line that says what is seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, 4), squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for axis in axes[0]:
+        axis.grid(True, alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def save(figure, folder: Path, name: str) -> None:
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{suffix}", dpi=120)
+    print(f"{folder / name}.png and .svg")
+
+
+def plot_loss(folders: list[str], to: Path) -> None:
+    """Validation loss (points) and training loss (thin) of each run against tokens."""
+    runs = {}
+    for folder in map(Path, folders):
+        try:
+            with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            runs[folder] = (config["attn_type"], rows)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} is not the folder of a run: {error}") from error
+    figure, (axis,) = new_figure(
+        1, "Loss against tokens: dots on validation data, thin in training"
+    )
+    looks = look_of([attn_type for attn_type, _ in runs.values()])
+    for folder, (attn_type, rows) in runs.items():
+        name = attn_type if attn_type == folder.name else f"{attn_type} ({folder.name})"
+        for column, style in (
+            ("train_loss", {"linewidth": 0.6, "alpha": 0.5}),
+            ("val_loss", {"marker": "o", "markersize": 3, "label": name}),
+        ):
+            points = [(int(r["tokens"]) / 1e6, float(r[column])) for r in rows if r[column]]
+            axis.plot(*zip(*points, strict=True), **looks[attn_type] | style)
+    axis.set_xlabel("tokens seen (millions)")
+    axis.set_ylabel("loss (nats per token)")
+    axis.legend(frameon=False, fontsize=8)
+    save(figure, to, "loss")
+
+
+def plot_bench(files: list[str], to: Path) -> None:
+    """The tables of one JSON file of bench.py: time against T, and bars for the attentions."""
+    for name in files:
+        try:
+            results = json.loads(Path(name).read_text(encoding="utf-8"))
+            machine = results["machine"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{name} is no file of bench.py --out: {error}") from error
+        if "attention" in results:
+            rows = results["attention"]
+            figure, axes = new_figure(2, f"Attention alone against sequence length ({machine})")
+            lines(axes[0], rows, "fwd_bwd_ms", "forward + backward (ms)")
+            lines(axes[1], rows, "peak_MiB", "peak memory (MiB)")
+            save(figure, to, "bench-attention")
+        if "types" in results:
+            rows = results["types"]
+            figure, (axis,) = new_figure(1, f"Training step by attention ({machine})")
+            looks = look_of([row["attn_type"] for row in rows])
+            names = [row["attn_type"] for row in rows]
+            colours = [looks[n]["color"] for n in names]
+            bars = axis.barh(names, [row["tokens_per_s"] for row in rows], color=colours)
+            axis.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+            axis.invert_yaxis()
+            axis.set_xlabel("tokens/s (longer is faster)")
+            save(figure, to, "bench-types")
+        if "lengths" in results:
+            figure, (axis,) = new_figure(1, f"Training step against sequence length ({machine})")
+            lines(axis, results["lengths"], "tokens_per_s", "tokens/s")
+            save(figure, to, "bench-lengths")
+
+
+def lines(axis, rows: list[dict], column: str, label: str) -> None:
+    """`column` against T on logarithmic axes, a line for each attn_type and implementation."""
+    looks = look_of([row["attn_type"] for row in rows])
+    for key in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
+        mine = [r for r in rows if (r["attn_type"], r.get("impl")) == key and r[column]]
+        if not mine:
+            continue
+        reference = {"alpha": 0.35, "marker": "x"} if key[1] == "reference" else {"marker": "o"}
+        name = f"{key[0]} {key[1] or ''}".strip()
+        look = {**looks[key[0]], **reference}
+        axis.plot([r["T"] for r in mine], [r[column] for r in mine], label=name, **look)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("sequence length T (tokens)")
+    axis.set_ylabel(label)
+    axis.legend(frameon=False, fontsize=7)
+
+
+PLOTS = {"loss": plot_loss, "bench": plot_bench}
+
+
+def main() -> None:
+    args = [arg for arg in sys.argv[1:] if not arg.startswith("--to=")]
+    to = Path(next((arg[5:] for arg in sys.argv[1:] if arg.startswith("--to=")), "."))
+    if len(args) < 2 or args[0] not in PLOTS:
+        raise UserError(f"{' '.join(args)!r}: python plot.py [{'|'.join(PLOTS)}] OUT_OR_FILE ...")
+    to.mkdir(parents=True, exist_ok=True)
+    PLOTS[args[0]](args[1:], to)
+
+
+if __name__ == "__main__":
+    configurator.run(main)
