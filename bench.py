@@ -266,11 +266,14 @@ def main() -> None:
         raise UserError(error) from error
     rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
     data = Dataset(config.dataset, config.data_dir) if config.real_data else None
+    if data:
+        data.check_length(config.block_size)
     if config.profile:
         profile(config, rt, data)
         return
 
-    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
+    vocab_size = data.vocab_size if data else config.vocab_size
+    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{vocab_size}"
     where = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
     results = {"machine": where, "torch": torch.__version__, "python": platform.python_version()}
     results |= {"config": {**vars(config)}}

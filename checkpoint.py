@@ -2,14 +2,15 @@
 Checkpoints: atomic and durable save, strict load that runs nothing.
 
 The format is nanoGPT's: a dict of model (state dict), optimizer, model_args, iter_num (updates
-done),
-best_val_loss and config, to which we add tokenizer and scaler. It is written to a temporary name,
-flushed to the disk and renamed, so that under its own name a checkpoint is always whole.
+done), best_val_loss and config, to which we add tokenizer and scaler. It is written to a temporary
+name, flushed to the disk and renamed, so that under its own name a checkpoint is always whole.
 """
 
+import math
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
     if is_best:  # a second name for the same bytes, which stay when ckpt.pt is replaced
         link = folder / (BEST + ".tmp")
         link.unlink(missing_ok=True)
-        os.link(temporary, link)
+        try:
+            os.link(temporary, link)
+        except OSError:  # a disk without hard links
+            shutil.copyfile(temporary, link)
         os.replace(link, folder / BEST)
     os.replace(temporary, path)
     if os.name == "posix":
@@ -50,7 +54,7 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -61,9 +65,10 @@ def load(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
 
-    if not isinstance(checkpoint["model"], dict) or not isinstance(checkpoint["model_args"], dict):
-        raise UserError(f"{path} is not a checkpoint: model and model_args must be dictionaries")
     checkpoint.setdefault("config", {})
+    for key in ("model", "model_args", "config"):
+        if not isinstance(checkpoint[key], dict):
+            raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
 
     prefixes = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile leave
     checkpoint["model"] = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
@@ -93,7 +98,7 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
     if odd:
         raise UserError(f"{path} is of another architecture: {odd[0]} is missing or unknown")
     for name, tensor in expected.items():
-        if not isinstance(state[name], torch.Tensor) or state[name].shape != tensor.shape:
+        if not is_plain(state[name]) or state[name].shape != tensor.shape:
             got = tuple(getattr(state[name], "shape", ()))
             raise UserError(
                 f"{path} is of another architecture: {name} is {got}, not {tuple(tensor.shape)}"
@@ -107,18 +112,44 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
     return model
 
 
-def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler) -> tuple[int, float]:
-    """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss."""
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+def restore(
+    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler
+) -> tuple[int, float]:
+    """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss.
+
+    Raises UserError unless there is a state of the right shape for every parameter: fused
+    optimizers believe it without looking.
+    """
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        if type(iter_num) is not int or iter_num < 0 or math.isnan(best_val_loss):
+            raise ValueError(f"iter_num={iter_num!r}, best_val_loss={best_val_loss}")
+        saved = checkpoint["optimizer"]
+        for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            group.update({k: v for k, v in own.items() if k != "params"})
+            for index, p in zip(group["params"], own["params"], strict=True):
+                check_moments(saved["state"].get(index, {}), p, iter_num)
+        optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-        iter_num, best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"the checkpoint has no state to resume from ({error}); use --init_from=finetune"
+            f"{path} has no state to resume from ({error}); use --init_from=finetune"
         ) from error
-    for group, option in zip(optimizer.param_groups, options, strict=True):
-        group.update(option)
     return iter_num, best_val_loss
+
+
+def check_moments(state: dict, p: torch.Tensor, iter_num: int) -> None:
+    """Raise ValueError unless `state` is that of AdamW for parameter p."""
+    if iter_num == 0 and not state:
+        return
+    for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+        t = torch.as_tensor(state[key])
+        if not is_plain(t) or t.shape != torch.Size(shape):
+            raise ValueError(f"{key} of the optimizer is {tuple(t.shape)}, not {tuple(shape)}")
+
+
+def is_plain(t: object) -> bool:
+    """True for an ordinary tensor of floating-point numbers."""
+    dense = isinstance(t, torch.Tensor) and t.layout is torch.strided
+    return dense and t.device.type == "cpu" and t.is_floating_point()

@@ -61,8 +61,10 @@ def parse(Config: type, argv: list[str]) -> dict:
         match = re.fullmatch(r"--([^=]+)(?:=(.*))?", arg, re.DOTALL)
         if match is None:
             raise UserError(f"{arg!r} is not understood; write --key=value, or see --help")
-        key, text = match.groups("true")  # a lone --key is --key=true
-        values[key] = convert(Config, key, text, arg)
+        key, text = match.groups()
+        if text is None and typing.get_type_hints(Config).get(key, bool) is not bool:
+            raise UserError(f"{arg} has no value; write {arg}=VALUE")
+        values[key] = convert(Config, key, "true" if text is None else text, arg)
     check_rules(values)
     return values
 
@@ -128,7 +130,7 @@ RULES = [
         lambda v: v >= 1,
         "must be at least 1",
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
-        "eval_iters log_interval num_samples max_new_tokens top_k steps",
+        "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T",
     ),
     (
         lambda v: v >= 0,
@@ -136,6 +138,7 @@ RULES = [
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
         "pa_length_power temperature seed warmup",
     ),
+    (lambda v: v < 8, "must be below 8", "pa_length_power"),
     (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
     (
         lambda v: v in ("float32", "bfloat16", "float16"),

@@ -128,16 +128,23 @@ def read_meta(folder: Path) -> dict:
     if (path := folder / "meta.json").is_file():
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({error}); prepare the data again") from error
     elif (path := folder / "meta.pkl").is_file():
         meta = read_meta_pickle(path)
     else:  # nanoGPT's openwebtext: GPT-2 BPE, two bytes a token
         meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
-    fits = {"uint16": 2**16, "uint32": 2**32}.get(isinstance(meta, dict) and meta.get("dtype"), 0)
-    vocab_size = meta.get("vocab_size") if fits else None
+    meta = meta if isinstance(meta, dict) else {}
+    fits = {"uint16": 2**16, "uint32": 2**32}.get(str(meta.get("dtype")), 0)
+    vocab_size = meta.get("vocab_size")
     if not (type(vocab_size) is int and 0 < vocab_size <= fits):
         raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
+    if any(type(meta.get(f"{split}_tokens", 0)) is not int for split in ("train", "val")):
+        raise UserError(f"{path} needs whole numbers as train_tokens and val_tokens")
+    known = {"char": len(str(meta.get("chars", ""))), "gpt2": 50257, None: vocab_size}
+    tokenizer = meta.get("tokenizer")
+    if not isinstance(tokenizer, str | None) or known.get(tokenizer) != vocab_size:
+        raise UserError(f"{path} has a tokenizer that does not fit its vocab_size={vocab_size}")
     return meta
 
 

@@ -209,18 +209,6 @@ class Tiles:
             # Forward and backward walk the tiles in the same order: same seed, same masks
             self.generator = torch.Generator(q.device).manual_seed(int(seed))
 
-    def load(self, q: Tensor, k: Tensor) -> None:
-        """Take the q and k (b, h, T, hs) of the next group of heads."""
-        self.q, self.k = self.blocks("q", q), self.blocks("k", k)
-        if self.distance:
-            self.q_norm = [self.norm(q_i) for q_i in self.q]
-            self.k_norm = [self.norm(k_j) for k_j in self.k]
-
-    def norm(self, block: Tensor) -> Tensor:
-        """-c/2 |q_i|^2: (N, size, hs) -> (N, size, 1)."""
-        length = torch.linalg.vector_norm(block, dim=2, keepdim=True, dtype=self.wide)
-        return length.square_().mul_(-self.c / 2)
-
     def empty(self, name: str | tuple, shape: tuple, dtype: torch.dtype) -> Tensor:
         """Memory for `name`: the same for every later tile, so that it stays in the cache."""
         if (name, shape) not in self.memory:
@@ -242,20 +230,39 @@ class Tiles:
             ]
         return [row.flatten(0, 1) for row in rows]
 
-    def transposed(self, name: str, block: Tensor) -> Tensor:
-        """A copy of block.mT, by which the product q k^T is a fifth faster than by the view."""
-        return self.empty(name, block.mT.shape, self.narrow).copy_(block.mT)
+    def transposed(self, name: str, row: Tensor) -> Tensor:
+        """(b, h, size, hs) -> (N, hs, size), copied: a fifth faster in the product q k^T."""
+        return self.empty(name, row.mT.shape, self.narrow).copy_(row.mT).flatten(0, 1)
 
-    def sum(self, name: str | tuple, block: Tensor) -> Tensor:
-        """Memory, not initialised, for a sum in the shape of a block."""
-        return self.empty(name, block.shape, self.wide)
+    def sum(self, name: str | tuple, row: Tensor) -> Tensor:
+        """Memory, not initialised, for a sum (N, size, hs) that ends in `row`."""
+        return self.empty(name, row.shape, self.wide).flatten(0, 1)
 
-    def weights(self, i: int, j: int, kt_j: Tensor, G: Tensor | None = None) -> Tensor:
-        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x."""
-        x = self.empty("x", (*self.q[i].shape[:2], kt_j.size(2)), self.wide)
+    def take_rows(self, q: Tensor) -> None:
+        """The q (b, h, T, hs) of a group of heads; for a distance, -c/2 |q|^2 of each."""
+        self.q = self.blocks("q", q)
         if self.distance:
-            torch.add(self.q_norm[i], self.k_norm[j].mT, out=x)
-        add_product_(x, self.q[i], kt_j, alpha=self.c, beta=float(self.distance))
+            self.q_norm = [
+                torch.linalg.vector_norm(q_i, dim=2, keepdim=True, dtype=self.wide)
+                .square_()
+                .mul_(-self.c / 2)
+                for q_i in self.q
+            ]
+
+    def take_columns(self, k_j: Tensor) -> None:
+        """A row (b, h, size, hs) of k; for a distance, -c/2 |k|^2 of each."""
+        self.kt = self.transposed("kt", k_j)
+        if self.distance:
+            square = self.empty("square", self.kt.shape, self.wide)
+            torch.square(self.kt.to(self.wide), out=square)
+            self.k_norm = square.sum(1, keepdim=True).mul_(-self.c / 2)
+
+    def weights(self, i: int, j: int, G: Tensor | None = None) -> Tensor:
+        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x."""
+        x = self.empty("x", (*self.q[i].shape[:2], self.kt.size(2)), self.wide)
+        if self.distance:
+            torch.add(self.q_norm[i], self.k_norm, out=x)
+        add_product_(x, self.q[i], self.kt, alpha=self.c, beta=float(self.distance))
         if i == j:
             x.tril_()  # a hidden score may overflow, and 0 * inf is not 0
         if self.keep < 1:
@@ -271,6 +278,15 @@ class Tiles:
             if G is not None:
                 G.tril_()
         return A.to(self.narrow)
+
+    def write(self, out: Tensor, total: Tensor, row: Tensor, G_sum: Tensor | float) -> None:
+        """The gradient of a row (b, h, size, hs) of q or k from its sums."""
+        total = total.view(out.shape)
+        if self.distance:
+            G_sum = G_sum.view(*out.shape[:3], 1)
+            torch.addcmul(total, row, G_sum, value=-self.c * self.scale, out=out)
+        else:
+            out.copy_(total)
 
 
 # ----------------------------------------------------------------------------
@@ -288,14 +304,16 @@ def blockwise_forward(
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout)
         for b, h in t.groups:
-            t.load(q[b, h], k[b, h])
-            y_sums = [t.sum(("y", i), q_i) for i, q_i in enumerate(t.q)]
+            k_rows, y_rows = t.rows(k[b, h]), t.rows(y[b, h])
+            t.take_rows(q[b, h])
+            y_sums = [t.sum(("y", i), y_i) for i, y_i in enumerate(y_rows)]
             for j, v_j in enumerate(t.blocks("v", v[b, h])):
-                kt_j = t.transposed("kt", t.k[j])
-                for i in range(j, len(t.q)):
-                    add_product_(y_sums[i], t.weights(i, j, kt_j), v_j, beta=float(j > 0))
-            for y_i, y_sum in zip(t.rows(y[b, h]), y_sums, strict=True):
-                torch.mul(y_sum.view(y_i.shape), t.scale, out=y_i)
+                t.take_columns(k_rows[j])
+                for i in range(j, len(y_sums)):
+                    A = t.weights(i, j)
+                    add_product_(y_sums[i], A, v_j, alpha=t.scale, beta=float(j > 0))
+            for y_i, y_sum in zip(y_rows, y_sums, strict=True):
+                y_i.copy_(y_sum.view(y_i.shape))
     return y
 
 
@@ -314,35 +332,34 @@ def blockwise_backward(
     dq, dk, dv = (heads_side_by_side(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout)
+        alpha = t.c * t.scale
         for b, h in t.groups:
-            t.load(q[b, h], k[b, h])
-            dy_blocks, v_blocks = t.blocks("dy", dy[b, h]), t.blocks("v", v[b, h])
-            dk_rows, dv_rows = t.rows(dk[b, h]), t.rows(dv[b, h])
-            dq_sums = [t.sum(("dq", i), q_i) for i, q_i in enumerate(t.q)]
-            G_rows = [0.0] * len(t.q)  # sum_j G_ij, each (N, size, 1)
-            for j, k_j in enumerate(t.k):
-                kt_j, vt_j = t.transposed("kt", k_j), t.transposed("vt", v_blocks[j])
-                dk_sum, dv_sum = t.sum("dk", k_j), t.sum("dv", k_j)
+            q_rows, k_rows, v_rows = t.rows(q[b, h]), t.rows(k[b, h]), t.rows(v[b, h])
+            dq_rows, dk_rows, dv_rows = t.rows(dq[b, h]), t.rows(dk[b, h]), t.rows(dv[b, h])
+            k_blocks, dy_blocks = t.blocks("k", k[b, h]), t.blocks("dy", dy[b, h])
+            t.take_rows(q[b, h])
+            dq_sums = [t.sum(("dq", i), dq_i) for i, dq_i in enumerate(dq_rows)]
+            G_rows = [0.0] * len(dq_rows)  # sum_j G_ij, each (N, size, 1)
+            for j, k_j in enumerate(k_blocks):
+                t.take_columns(k_rows[j])
+                vt_j = t.transposed("vt", v_rows[j])
+                dk_sum, dv_sum = t.sum("dk", dk_rows[j]), t.sum("dv", dv_rows[j])
                 G_columns = 0.0  # sum_i G_ij, (N, 1, size)
-                for i in range(j, len(t.q)):
-                    G = t.empty("G", (*t.q[i].shape[:2], vt_j.size(2)), t.wide)
+                for i in range(j, len(dq_rows)):
+                    G = t.empty("G", (*dy_blocks[i].shape[:2], vt_j.size(2)), t.wide)
                     add_product_(G, dy_blocks[i], vt_j, beta=0.0)
-                    A = t.weights(i, j, kt_j, G)
+                    A = t.weights(i, j, G)
                     G = G.to(t.narrow)
-                    add_product_(dv_sum, A.mT, dy_blocks[i], beta=float(i > j))
-                    add_product_(dk_sum, G.mT, t.q[i], beta=float(i > j))
-                    add_product_(dq_sums[i], G, k_j, beta=float(j > 0))
+                    add_product_(dv_sum, A.mT, dy_blocks[i], t.scale, beta=float(i > j))
+                    add_product_(dk_sum, G.mT, t.q[i], alpha, beta=float(i > j))
+                    add_product_(dq_sums[i], G, k_j, alpha, beta=float(j > 0))
                     if t.distance:
                         G_rows[i] += G.sum(2, keepdim=True, dtype=t.wide)
                         G_columns += G.sum(1, keepdim=True, dtype=t.wide)
-                if t.distance:
-                    dk_sum.addcmul_(k_j, G_columns.mT, value=-1)
-                torch.mul(dk_sum.view(dk_rows[j].shape), t.scale * t.c, out=dk_rows[j])
-                torch.mul(dv_sum.view(dv_rows[j].shape), t.scale, out=dv_rows[j])
-            for i, dq_i in enumerate(t.rows(dq[b, h])):
-                if t.distance:
-                    dq_sums[i].addcmul_(t.q[i], G_rows[i], value=-1)
-                torch.mul(dq_sums[i].view(dq_i.shape), t.scale * t.c, out=dq_i)
+                dv_rows[j].copy_(dv_sum.view(dv_rows[j].shape))
+                t.write(dk_rows[j], dk_sum, k_rows[j], G_columns)
+            for dq_i, dq_sum, q_i, G_row in zip(dq_rows, dq_sums, q_rows, G_rows, strict=True):
+                t.write(dq_i, dq_sum, q_i, G_row)
     return dq, dk, dv
 
 

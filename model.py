@@ -229,11 +229,18 @@ class GPTConfig:
                 raise ValueError(f"{name}={value!r} is not a positive whole number")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        for name, below in (("dropout", 1), ("pa_length_power", 8)):
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < below:
+                raise ValueError(f"{name}={value!r} is not a number from 0 to below {below}")
+        if self.pa_length is not None and (type(self.pa_length) is not int or self.pa_length < 1):
+            raise ValueError(f"pa_length={self.pa_length!r} is not a positive whole number")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} is neither 'none' nor 'tanh'")
         variant = parse_attn_type(self.attn_type)
         by_length = variant is not None and variant.by_length
         self.pa_length = (self.pa_length or self.block_size) if by_length else None
+        if not by_length:
+            self.pa_length_power = 1.0  # means nothing here, and nanoGPT does not know it
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default.
@@ -392,16 +399,29 @@ class GPT(nn.Module):
             raise ValueError(f"{', '.join(sorted(unknown))} can't be overridden in {model_type}")
         try:
             local = Path(model_type).is_dir() or not reachable(HUB)  # or else its cache will do
-            hf_config = AutoConfig.from_pretrained(model_type, local_files_only=local)
+            hf_config = AutoConfig.from_pretrained(
+                model_type, local_files_only=local, trust_remote_code=False
+            )
             config = cls._config_from_hf(hf_config, model_type, override_args)
-            hf = GPT2LMHeadModel.from_pretrained(model_type, local_files_only=local)
+            hf, info = GPT2LMHeadModel.from_pretrained(
+                model_type, local_files_only=local, output_loading_info=True
+            )
+            if info["missing_keys"] or info.get("mismatched_keys"):
+                raise ValueError(f"{model_type!r} lacks weights that its config.json promises")
             state = hf.state_dict()
         except OSError as error:
+            if Path(model_type).is_dir():
+                raise ValueError(f"{model_type!r} is not a whole model: {error}") from error
             raise OSError(
                 f"no weights for {model_type!r}: neither a folder here, nor in the hub's cache "
                 "(HF_HOME, by default ~/.cache/huggingface), nor to be downloaded "
                 f"({type(error).__name__})"
             ) from error
+
+        except ValueError:
+            raise
+        except Exception as error:  # of safetensors, torch or transformers, for damaged files
+            raise ValueError(f"{model_type!r} can't be loaded: {error}") from error
 
         model = cls(config)
         # OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
@@ -494,7 +514,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 idx_next = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                logits = logits / temperature
+                logits = (logits - logits.max(-1, keepdim=True).values) / temperature
                 if top_k is not None:
                     kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
                     logits = logits.masked_fill(logits < kth, -float("inf"))

@@ -123,9 +123,11 @@ def start(
         found = "mps"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device or found
-    if device == "cuda" and world_size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda":  # torch wants an index; under torchrun each process takes its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device to compute on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device} can't be used here; leave it out for {found}") from error
@@ -140,5 +142,6 @@ def start(
         torch.utils.deterministic.fill_uninitialized_memory = False
     if world_size > 1:
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
-        dist.init_process_group(backend=backend, timeout=timedelta(minutes=10))
+        own = torch.device(device) if backend == "nccl" else None
+        dist.init_process_group(backend=backend, timeout=timedelta(minutes=10), device_id=own)
     return Runtime(device, dtype or "float32", bool(compile), rank, world_size)

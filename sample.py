@@ -52,10 +52,11 @@ def load(config: Config) -> tuple[GPT, object]:
     if config.init_from != "resume":
         tokenizer = tokenizers.from_meta({"tokenizer": "gpt2"})  # first: it fails sooner
         try:
-            return GPT.from_pretrained(config.init_from, overrides).eval(), tokenizer
+            model = GPT.from_pretrained(config.init_from, overrides).eval()
         except (OSError, ValueError) as error:
             allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
             raise UserError(f"{error}; init_from is {allowed}") from error
+        return model, fitting(tokenizer, model, config.init_from)
 
     if Path(config.checkpoint).name != config.checkpoint:
         raise UserError(f"checkpoint={config.checkpoint!r} must be a file name inside out_dir")
@@ -64,8 +65,18 @@ def load(config: Config) -> tuple[GPT, object]:
     meta = checkpoint.get("tokenizer")
     if not meta:  # nanoGPT's checkpoints name their data set instead
         meta = read_meta(data_folder(str(checkpoint["config"].get("dataset", "openwebtext"))))
-    model = ckpt.build_model(checkpoint, path, **overrides)
-    return model.eval(), tokenizers.from_meta(meta)
+    model = ckpt.build_model(checkpoint, path, **overrides).eval()
+    return model, fitting(tokenizers.from_meta(meta), model, path)
+
+
+def fitting(tokenizer, model: GPT, source: object):
+    """`tokenizer`, unless it has ids that the model does not know: then a UserError."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{source} has a vocabulary of {model.config.vocab_size}, too few for its tokenizer's "
+            f"{tokenizer.vocab_size}; put the meta.pkl or meta.json of its data set into data/NAME"
+        )
+    return tokenizer
 
 
 def read_prompt(start: str) -> str:
@@ -118,6 +129,7 @@ def main() -> None:
             config.temperature,
             config.top_k,
         )
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     for text in texts:
         print(text)
         print("---------------")

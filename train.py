@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def check(config: Config) -> None:
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.gradient_accumulation_steps % world_size:
+    if not config.eval_only and config.gradient_accumulation_steps % world_size:
         raise UserError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} can't be shared "
             f"among {world_size} ranks; pass a multiple of {world_size}"
@@ -140,13 +140,13 @@ def check(config: Config) -> None:
 def open_data(config: Config, rt: runtime.Runtime) -> Dataset:
     """The data set; the embedded one is prepared on the spot when it is missing."""
     folder = Path(config.data_dir or DATA_DIR) / config.dataset
-    if config.dataset == "pydocs" and not (folder / "meta.json").exists():
-        if rt.is_main:
+    if config.dataset == "pydocs" and rt.is_main:
+        if not (folder / "meta.json").exists():
             script = DATA_DIR / "pydocs" / "prepare.py"
             prepared = subprocess.run([sys.executable, script, "--out", folder])
             if prepared.returncode:
                 raise UserError(f"data set pydocs could not be prepared; try  python {script}")
-        rt.barrier()
+    rt.barrier()
     return Dataset(config.dataset, config.data_dir)
 
 
@@ -154,6 +154,7 @@ def build_model(config: Config, given: dict, source: dict | None, data: Dataset)
     """The model that init_from asks for, on the CPU, checked against what the user gave."""
     if config.init_from == "scratch":
         # GPT-2's vocabulary is padded to a multiple of 64, which is faster
+        data.check_length(config.block_size)
         vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
         shape = {key: getattr(config, key) for key in ARCHITECTURE}
         torch.manual_seed(config.seed)
@@ -231,14 +232,14 @@ def overrides_of(config: Config) -> dict:
 
 def prepare_folder(config: Config, rt: runtime.Runtime) -> Path:
     """The folder the run writes to. A run that is there already is moved aside, not overwritten."""
-    folder = Path(config.out_dir)
+    source = folder = Path(config.out_dir).absolute()
     if config.init_from == "finetune":
-        folder = Path(config.save_dir or f"{config.out_dir}-finetune-{config.attn_type}")
-        if folder.resolve() == Path(config.out_dir).resolve():
-            raise UserError(
-                f"save_dir={folder} is the run to start from; choose another --save_dir"
-            )
-        rt.print(f"finetune of {config.out_dir}, written to {folder}")
+        folder = source.with_name(f"{source.name}-finetune-{config.attn_type}")
+        if config.save_dir is not None:
+            folder = Path(config.save_dir).absolute()
+        if source.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"save_dir={folder} holds the run to start from; choose another")
+        rt.print(f"finetune of {config.out_dir}, written to {os.path.relpath(folder)}")
     if rt.is_main and config.init_from != "resume":
         move_aside(folder, rt)
         try:
@@ -258,7 +259,8 @@ def move_aside(folder: Path, rt: runtime.Runtime) -> None:
         while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
             n += 1
         folder.rename(aside)
-        rt.print(f"{folder} holds a run already: moved to {aside}")
+        shown, where = os.path.relpath(folder), os.path.relpath(aside)
+        rt.print(f"{shown} holds a run already: moved to {where}")
 
 
 # ----------------------------------------------------------------------------
@@ -346,9 +348,9 @@ class RunLog:
             return
         rows = []
         if first_step > 0 and (folder / "log.csv").exists():  # keep what the checkpoint knows of
-            with open(folder / "log.csv", newline="") as file:
+            with open(folder / "log.csv", newline="") as file, suppress(KeyError, ValueError):
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-            self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+                self.seconds = float(rows[-1]["seconds"] or 0.0) if rows else 0.0
         self.file = open(folder / "log.csv", "w", newline="")
         self.csv = csv.DictWriter(self.file, self.COLUMNS, extrasaction="ignore")
         self.csv.writeheader()
@@ -362,7 +364,12 @@ class RunLog:
             import wandb
 
             name = config.wandb_run_name or folder.name
-            self.wandb = wandb.init(project=config.wandb_project, name=name, config=asdict(config))
+            try:
+                self.wandb = wandb.init(
+                    project=config.wandb_project, name=name, config=asdict(config)
+                )
+            except Exception as error:  # not logged in, offline, ...: no reason not to train
+                self.say(f"wandb is off: {error}")
 
     def say(self, line: str) -> None:
         if self.active and self.bar is not None:
@@ -388,7 +395,7 @@ class RunLog:
     def _progress(self, row: dict) -> None:
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {row['train_loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s"
+                f"loss {row['train_loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False
             )
             self.bar.update(row["step"] - self.bar.n)
             return
@@ -444,7 +451,8 @@ def main() -> None:
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     first_step, best_val_loss = 0, math.inf
     if config.init_from == "resume":
-        first_step, best_val_loss = ckpt.restore(source, optimizer, scaler)
+        path = Path(config.out_dir) / ckpt.LATEST
+        first_step, best_val_loss = ckpt.restore(source, path, optimizer, scaler)
     del source
 
     folder = prepare_folder(config, rt)
@@ -474,8 +482,8 @@ def main() -> None:
     if first_step == 0:
         losses = evaluate(eval_model, data, rt, config)
         log.write(step=0, tokens=0, val_loss=losses["val"], eval_train_loss=losses["train"])
+        best_val_loss = losses["val"]
         if config.max_iters == 0 and rt.is_main:  # e.g. to keep what gpt2 starts from
-            best_val_loss = losses["val"]
             save(0, is_best=True)
     elif first_step >= config.max_iters:
         log.say(f"{first_step} steps are done already; pass a larger --max_iters to go on")
@@ -508,6 +516,12 @@ def main() -> None:
             losses = evaluate(eval_model, data, rt, config)
             row |= {"val_loss": losses["val"], "eval_train_loss": losses["train"]}
         log.write(**row)
+        if not math.isfinite(train_loss + row.get("val_loss", 0.0)):
+            raise UserError(
+                f"the loss is no longer finite at step {step}; the checkpoint before it is kept in "
+                f"{folder}: resume or start again with a lower --learning_rate"
+                + (", or more squarings n" if config.attn_type.startswith("GKpoly") else "")
+            )
         if evaluates and rt.is_main:
             improved = losses["val"] < best_val_loss
             best_val_loss = min(best_val_loss, losses["val"])
@@ -515,7 +529,7 @@ def main() -> None:
                 save(step, improved)
         logged_step, started = step, time.perf_counter()
 
-    log.say(f"best val loss {best_val_loss:.4f}; the run is in {folder}")
+    log.say(f"best val loss {best_val_loss:.4f}; the run is in {os.path.relpath(folder)}")
     log.close()
     rt.close()
 

@@ -41,7 +41,7 @@ def test_a_checkpoint_of_nanogpt_loads(tmp_path, prefix, bias):
     assert torch.equal(model(idx)[0], again(idx)[0])
     optimizer = again.configure_optimizers(0.2, 1e-3, (0.9, 0.95), "cpu")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    assert ckpt.restore(loaded, optimizer, scaler) == (7, 1.5)
+    assert ckpt.restore(loaded, tmp_path, optimizer, scaler) == (7, 1.5)
     assert optimizer.param_groups[0]["weight_decay"] == 0.2  # options are the new run's
     state = optimizer.state_dict()["state"]
     for i, entry in saved["optimizer"]["state"].items():
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     "change, said",
     [
         (lambda c: c.pop("model"), "no model and model_args"),
-        (lambda c: c.update(model_args=[1]), "must be dictionaries"),
+        (lambda c: c.update(model_args=[1]), "model_args must be a dictionary"),
         (lambda c: c["model_args"].update(n_layer=3), "2 layers, but its model_args say 3"),
         (lambda c: c["model_args"].update(n_layer=10**9), "2 layers"),
         (lambda c: c["model_args"].update(n_embd=32), "of another architecture: .* is"),
@@ -121,7 +121,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         (lambda c: c["model_args"].update(n_head="2"), "n_head"),
         (lambda c: c["model_args"].update(attn_type="eval"), "attn_type"),
         (lambda c: c["model_args"].update(new_key=1), "new_key"),
+        (lambda c: c["model_args"].update(dropout="x"), "dropout"),
+        (lambda c: c["model_args"].update(pa_length=-3), "pa_length"),
+        (lambda c: c.update(config=[1]), "config must be"),
         (lambda c: c["model"].pop("lm_head.weight"), "lm_head.weight"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(11, 16).int()}), "lm_head"),
         (lambda c: c["model"].update({"lm_head.weight": 3}), "lm_head.weight"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
     ],
@@ -132,3 +136,40 @@ def test_a_checkpoint_that_contradicts_itself_is_told(tmp_path, change, said):
     torch.save(saved, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=said):
         ckpt.load(tmp_path / "ckpt.pt")
+
+
+def first_state(checkpoint):
+    return checkpoint["optimizer"]["state"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("optimizer"),
+        lambda c: c.update(optimizer=None),
+        lambda c: c["optimizer"].update(state={}),
+        lambda c: c["optimizer"]["param_groups"].pop(),
+        lambda c: first_state(c).pop("exp_avg"),
+        lambda c: first_state(c).update(exp_avg=torch.zeros(3)),
+        lambda c: c.update(iter_num=-5),
+        lambda c: c.update(iter_num=float("inf")),
+        lambda c: c.update(best_val_loss=float("nan")),
+    ],
+)
+def test_a_state_that_does_not_fit_the_parameters_is_never_resumed_from(tmp_path, change):
+    model, saved = nanogpt_checkpoint()
+    change(saved)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(UserError, match="no state to resume from"):
+        ckpt.restore(saved, tmp_path / "ckpt.pt", optimizer, scaler)
+
+
+def test_best_is_kept_on_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr("os.link", fail)
+    _, saved = nanogpt_checkpoint()
+    ckpt.save(saved, tmp_path, is_best=True)
+    assert ckpt.load(tmp_path / "best.pt")["iter_num"] == 7

@@ -53,7 +53,7 @@ def test_text_becomes_a_value_of_the_keys_type(arg, key, value):
         ("--n_embd=x", "n_embd must be int"),
         ("--n_embd=1.5", "n_embd must be int"),
         ("--n_embd=", "n_embd must be int"),
-        ("--n_embd", "n_embd must be int"),
+        ("--n_embd", "write --n_embd=VALUE"),
         ("--n_embd=-16", "must be at least 1"),
         ("--learning_rate=nan", "learning_rate must be float"),
         ("--learning_rate=-1", "must not be negative"),
