@@ -340,7 +340,7 @@ def test_bench_times_the_training_step_on_synthetic_and_on_real_data(run, data_d
     assert "training step, L2 H2 C16 V11" in synthetic
     assert re.search(r"GK +blockwise +16 +4 +[\d.,]+ +[\d,.]+ +n/a", synthetic)
     real = run("bench", *args, "--real_data=True", "--dataset=abc", f"--data_dir={data_dir}")
-    assert re.search(r"V(?!11)\\d+\n", real)
+    assert "training step, L2 H2 C16 V" in real and "V11" not in real
 
 
 def test_bench_profiles_the_training_step(run, tmp_path):
