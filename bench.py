@@ -171,7 +171,7 @@ def attention_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict
         group, forwards, both = [], [], []
         for attn_type in ["SM", *(t for t in attn_types if t != "SM")]:
             for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
-                big = impl == "reference" and attn_type != "SM" and B * nh * T * T > 2**28
+                big = impl == "reference" and attn_type != "SM" and B * nh * T * T > 2**27
                 if reason is not None or big:  # the formula takes several (B, nh, T, T)
                     continue
                 attend = attention(attn_type, T, impl=impl)

@@ -263,8 +263,6 @@ class Tiles:
         if self.distance:
             torch.add(self.q_norm[i], self.k_norm, out=x)
         add_product_(x, self.q[i], self.kt, alpha=self.c, beta=float(self.distance))
-        if i == j:
-            x.tril_()  # a hidden score may overflow, and 0 * inf is not 0
         if self.keep < 1:
             kept = self.empty("kept", x.shape, self.wide)
             kept.bernoulli_(self.keep, generator=self.generator)
@@ -273,7 +271,7 @@ class Tiles:
         A = self.f_(x, G)
         if self.keep < 1:
             A = A.mul_(kept)
-        if i == j:
+        if i == j:  # zeros are written, not multiplied by: a hidden score may overflow
             A = A.tril_()
             if G is not None:
                 G.tril_()
