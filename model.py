@@ -213,9 +213,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = (
-        True  # biases in Linear and LayerNorm, like GPT-2; False is a bit better and faster
-    )
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has it; False is a bit faster
     # From here on nanoGPT has no such key
     attn_type: str = "SM"
     pa_length: int | None = None  # L of PA_f; None: block_size. Cropping the model leaves it alone
@@ -507,9 +505,8 @@ class GPT(nn.Module):
         tokenizer's size where the model's vocabulary is padded. Call `eval()` first.
         """
         for _ in range(max_new_tokens):
-            logits, _ = self(
-                idx[:, -self.config.block_size :]
-            )  # the context is cropped from the left
+            context = idx[:, -self.config.block_size :]  # the latest tokens that fit
+            logits, _ = self(context)
             logits = logits[:, -1, :vocab_size].float()  # (B, V)
             if temperature == 0:
                 idx_next = logits.argmax(-1, keepdim=True)  # (B, 1)

@@ -5,9 +5,7 @@
 out_dir = "out-PA"
 dataset = "pydocs"
 attn_type = "PA_gelu"
-pa_length_power = (
-    1.0  # A = f(c q.k) / block_size^pa_length_power; 0.5 trains better in the literature
-)
+pa_length_power = 1.0  # A = f(c q.k) / block_size^power; 0.5 trains better in the literature
 n_layer = 1
 n_head = 1
 n_embd = 128
