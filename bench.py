@@ -6,6 +6,7 @@ Speed: of a training step (the very step of train.py), and of attention alone.
     python bench.py config/train_gpt2.py --attn_type=PA_relu --profile
     python bench.py --table=attention --out=bench.json               # one table, or
     python bench.py --table=all --out=bench.json                     # all three
+    python bench.py --nanogpt=DIR --attn_type=SM                     # beside a clone of nanoGPT
 
 The tables: `attention` is every attn_type alone, each implementation beside softmax, against T;
 `types` a training step for every attn_type; `lengths` the step against T, at a constant number of
@@ -14,11 +15,14 @@ ratios. Times are medians.
 """
 
 import ctypes
+import importlib.util
+import io
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +49,7 @@ class BenchConfig(Config):
     warmup: int = 3  # rounds that are not counted
     steps: int = 10  # rounds that are
     profile: bool = False  # print the costliest operations, and write trace.json to out_dir
+    nanogpt: str | None = None  # a clone of nanoGPT, whose step is measured too (its code is run)
     table: str = "step"  # step (this configuration), attention, types, lengths, or all
     attn_types: str | None = None  # for the tables, e.g. SM,GK,PA_relu; auto: all there are
     min_T: int = 256  # shortest sequence of the tables; they go up by factors of 4
@@ -96,17 +101,24 @@ def resident(field: str) -> float:
 # A training step
 
 
-def make_step(config: BenchConfig, rt, data: Dataset | None = None) -> tuple[Callable, GPT]:
-    """The training step of train.py for one configuration, as a function of nothing; its model."""
+def make_step(config: BenchConfig, rt, data: Dataset | None, peer=None) -> tuple[Callable, object]:
+    """The training step of train.py for one configuration, as a function of nothing; its model.
+
+    `peer` is nanoGPT's module model.py: its model and its optimizer then take the place of ours.
+    """
     vocab_size = data.vocab_size if data else config.vocab_size
     B, T = config.batch_size, config.block_size
     torch.manual_seed(config.seed)
-    shape = {key: getattr(config, key) for key in ARCHITECTURE}
-    raw_model = GPT(GPTConfig(vocab_size=vocab_size, **shape, **overrides_of(config)))
-    model = rt.wrap(raw_model.to(rt.device))
-    optimizer = raw_model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
-    )
+    shape = {key: getattr(config, key) for key in ARCHITECTURE} | {"vocab_size": vocab_size}
+    with redirect_stdout(io.StringIO()):  # nanoGPT prints while it is built
+        if peer is None:
+            raw_model = GPT(GPTConfig(**shape, **overrides_of(config)))
+        else:
+            raw_model = peer.GPT(peer.GPTConfig(**shape, dropout=config.dropout))
+        optimizer = raw_model.to(rt.device).configure_optimizers(
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
+        )
+    model = rt.wrap(raw_model if peer is None else WithLogits(raw_model))
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     step = iter(range(sys.maxsize))
 
@@ -122,24 +134,50 @@ def make_step(config: BenchConfig, rt, data: Dataset | None = None) -> tuple[Cal
     )
 
 
+class WithLogits(torch.nn.Module):
+    """A model whose forward always returns its logits, as train_step calls it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, with_logits):
+        return self.model(x, y)
+
+
+def load_nanogpt(folder: str):
+    """nanoGPT's model.py, as a module."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module  # its dataclass looks itself up
+    try:
+        spec.loader.exec_module(module)
+    except OSError as error:
+        raise UserError(f"nanogpt={folder} is no clone of nanoGPT: {error}") from error
+    return module
+
+
 def step_rows(configs: list[BenchConfig], rt, data: Dataset | None = None) -> list[dict]:
-    """A row for the training step of each configuration, measured in turn."""
-    steps, models = zip(*(make_step(config, rt, data) for config in configs), strict=True)
+    """A row for the training step of each configuration, nanoGPT's before, measured in turn."""
+    entrants = [(config.attn_type, choose_impl(config, rt), config, None) for config in configs]
+    if configs[0].nanogpt:
+        entrants.insert(0, ("nanoGPT", "SM", configs[0], load_nanogpt(configs[0].nanogpt)))
+    made = [make_step(config, rt, data, peer) for _, _, config, peer in entrants]
+    seconds = interleave([run for run, _ in made], configs[0], rt)
     rows = []
-    for config, run, model, seconds in zip(
-        configs, steps, models, interleave(steps, configs[0], rt), strict=True
-    ):
+    for (name, impl, config, _), (run, model), time_ in zip(entrants, made, seconds, strict=True):
         sequences = config.gradient_accumulation_steps * config.batch_size
-        mfu = model.estimate_mfu(sequences // rt.world_size, seconds, config.block_size)
+        T = config.block_size
         rows.append(
             {
-                "attn_type": config.attn_type,
-                "impl": choose_impl(config, rt),
-                "T": config.block_size,
+                "attn_type": name,
+                "impl": impl,
+                "T": T,
                 "B": config.batch_size,
-                "ms": 1000 * seconds,
-                "tokens_per_s": sequences * config.block_size / seconds,
-                "mfu": mfu,
+                "ms": 1000 * time_,
+                "times_first": time_ / seconds[0],
+                "tokens_per_s": sequences * T / time_,
+                "mfu": GPT.estimate_mfu(model, sequences // rt.world_size, time_, T),
                 "peak_MiB": peak_memory(run, rt),
             }
         )
@@ -232,7 +270,7 @@ def profile(config: BenchConfig, rt, data: Dataset | None) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    run, _ = make_step(config, rt, data)
+    run, _ = make_step(config, rt, data, None)
     for _ in range(config.warmup):
         run()
     activities = [ProfilerActivity.CPU]

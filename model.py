@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+import loss
 
 # ----------------------------------------------------------------------------
 # Attention
@@ -277,8 +278,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, nh, T, hs), no copy
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs), no copy
+            for t in self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
+        )
         y = self.attend(q, k, v, dropout=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -338,11 +341,15 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V) and the mean cross-entropy in nats.
 
         Without `targets` (B, T; -1 is ignored) only the last position's logits are computed,
-        (B, 1, V), and the loss is None. Raises ValueError if T > block_size.
+        (B, 1, V), and the loss is None. With targets but without `with_logits` the logits are None:
+        a large vocabulary's loss is faster, or smaller, if nobody wants them. Raises ValueError if
+        T > block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -356,9 +363,12 @@ class GPT(nn.Module):
 
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
-        logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        x, targets = x.view(B * T, -1), targets.reshape(-1)
+        if not with_logits and loss.pays(B * T * self.config.vocab_size, x.device):
+            return None, loss.linear_cross_entropy(x, self.lm_head.weight, targets)
+        logits = self.lm_head(x)  # (B T, V)
+        cross_entropy = F.cross_entropy(logits, targets, ignore_index=-1)
+        return logits.view(B, T, -1) if with_logits else None, cross_entropy
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters. The position embeddings are left out by default; the token

@@ -295,7 +295,7 @@ def train_step(model, optimizer, scaler, get_batch, rt, config, step: int) -> to
         syncs = rt.world_size == 1 or micro_step == micro_steps[-1]
         with nullcontext() if syncs else model.no_sync():  # DDP averages gradients once a step
             with rt.autocast():
-                _, loss = model(x, y)
+                _, loss = model(x, y, with_logits=False)
             scaler.scale(loss / len(micro_steps)).backward()
         total += loss.detach()
     if config.grad_clip > 0:
@@ -318,7 +318,7 @@ def evaluate(model, data: Dataset, rt, config: Config) -> dict:
         for i in rt.share(config.eval_iters):
             x, y = rt.to_device(*data.batch(split, EVAL, config.seed, i, 0, config.batch_size, T))
             with rt.autocast():
-                mine.append(model(x, y)[1])
+                mine.append(model(x, y, with_logits=False)[1])
         total = rt.sum(sum(torch.stack(mine).tolist()) if mine else 0.0)
         losses[split] = total / config.eval_iters
     model.train()

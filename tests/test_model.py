@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import EVERY_ATTN_TYPE
 
 import model as model_module
@@ -189,6 +190,20 @@ def test_under_autocast_distances_are_computed_in_float32():
         y = attend(*half)
     assert y.dtype == torch.bfloat16
     assert (y.double() - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
+def test_torch_compile_makes_one_graph_for_training_and_one_for_evaluation(attn_type):
+    torch._dynamo.reset()
+    counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = GPT(GPTConfig(8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, attn_type=attn_type))
+    compiled = torch.compile(model, fullgraph=True, backend=counts)
+    for _ in range(3):
+        idx = torch.randint(11, (2, 8))
+        compiled(idx, idx, with_logits=False)[1].backward()
+    with torch.no_grad():
+        compiled.eval()(idx, idx, with_logits=False)
+    assert counts.frame_count == 2
 
 
 def test_auto_takes_the_fastest_implementation_and_others_say_why_they_can_not_run():

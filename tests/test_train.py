@@ -338,9 +338,26 @@ def test_bench_times_the_training_step_on_synthetic_and_on_real_data(run, data_d
     args = [*TINY, "--attn_type=GK", "--vocab_size=11", "--steps=2", "--warmup=1"]
     synthetic = run("bench", *args)
     assert "training step, L2 H2 C16 V11" in synthetic
-    assert re.search(r"GK +blockwise +16 +4 +[\d.,]+ +[\d,.]+ +n/a", synthetic)
+    assert re.search(r"GK +blockwise +16 +4 +[\d.,]+ +1 +[\d,.]+ +n/a", synthetic)
     real = run("bench", *args, "--real_data=True", "--dataset=abc", f"--data_dir={data_dir}")
     assert "training step, L2 H2 C16 V" in real and "V11" not in real
+
+
+def test_bench_measures_nanogpt_beside_ours(run, tmp_path):
+    """A stand-in with nanoGPT's interface: it prints, and forward knows only idx and targets."""
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "model.py").write_text(
+        "import model\n"
+        "class GPTConfig(model.GPTConfig): pass\n"
+        "class GPT(model.GPT):\n"
+        "    def __init__(self, config): super().__init__(config); print('number of parameters')\n"
+        "    def forward(self, idx, targets): return super().forward(idx, targets)\n"
+    )
+    args = [*TINY, "--vocab_size=11", "--steps=1", "--warmup=0", f"--nanogpt={tmp_path / 'nano'}"]
+    out = run("bench", *args, "--attn_type=GK")
+    assert re.search(r"nanoGPT .*\n +GK +blockwise", out) and "parameters" not in out
+    with pytest.raises(Failed, match="no clone of nanoGPT"):
+        run("bench", *args, f"--nanogpt={tmp_path}")
 
 
 def test_bench_profiles_the_training_step(run, tmp_path):

@@ -1,0 +1,89 @@
+"""
+The loss over a large vocabulary without its logits: the last layer and cross-entropy in one.
+
+12 x 1024 positions times GPT-2's 50304 tokens are 2.5 GB of logits in float32, and cross-entropy
+holds several such tensors. Here they come a chunk of positions at a time:
+
+    logits = x W^T,   lse_i = log sum_v exp(logits[i, v]),   n targets that are not -1
+    loss = sum_i (lse_i - logits[i, target_i]) / n
+    G = (softmax(logits) - onehot(target)) / n,   dx = G W,   dW = sum over the chunks of G^T x
+
+The gradients are made in forward already, where the chunk is at hand: the loss is the last thing
+that a model computes, so that backward only multiplies them by a number.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import add_product_
+
+CHUNK = 2**24  # logits at once: 64 MiB in float32
+
+
+def pays(n_logits: int, device: torch.device) -> bool:
+    """Whether chunks serve better than all logits at once.
+
+    On a CPU they are faster from about 2^22 logits on, 1.7 times at 2048 x 50304: fresh memory is
+    slow there. On a GPU, where torch.compile fuses the plain loss, they only save memory: from 2^30
+    logits on (not measured).
+    """
+    return n_logits >= (2**22 if device.type == "cpu" else 2**30)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in nats, for (N, C), (V, C), (N,).
+
+    Products are taken in the dtype that autocast asks for, all else in float32 at least. It can be
+    differentiated once.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _linear_cross_entropy(x, weight, targets, dtype, torch.is_grad_enabled())[0]
+
+
+@torch.library.custom_op("pointwise::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, dx and dW (empty unless `gradients`)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = dtype if x.is_cuda else wide  # CPUs add up half-precision products in half precision
+    dx, dW = (torch.zeros_like(t, dtype=wide) if gradients else t.new_empty(0) for t in (x, weight))
+    total = x.new_zeros((), dtype=wide)
+    counts = targets != -1
+    n = counts.sum()
+    rows = max(1, CHUNK // len(weight))
+    with torch.autocast(x.device.type, enabled=False):
+        W = weight.to(narrow)
+        for i in range(0, len(x), rows):
+            here = slice(i, i + rows)
+            x_i, target = x[here].to(narrow), targets[here]
+            log_p = F.log_softmax(x_i @ W.T, dim=1, dtype=wide)  # (rows, V)
+            total += F.nll_loss(log_p, target, ignore_index=-1, reduction="sum")
+            if gradients:
+                G, at = log_p.exp_(), target.clamp(min=0)[:, None]
+                G.scatter_(1, at, G.gather(1, at) - 1)
+                G = G.mul_((counts[here].to(wide) / n)[:, None]).to(narrow)
+                add_product_(dx[None, here], G[None], W[None], beta=0.0)
+                add_product_(dW[None], G.T[None], x_i[None])
+    return total / n, dx.to(x.dtype), dW.to(weight.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, targets, dtype, gradients):
+    dx, dW = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (x, weight))
+    return x.new_empty((), dtype=torch.promote_types(dtype, torch.float32)), dx, dW
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    dx, dW = ctx.saved_tensors
+    return dx * grad, dW * grad, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)

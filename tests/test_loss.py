@@ -1,0 +1,99 @@
+"""loss.py: the chunked loss is the plain one, with its gradients, in every precision."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import loss
+from model import GPT, GPTConfig
+
+
+def plain(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+
+
+def value_and_gradients(f, x, weight, targets):
+    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
+    value = 3 * f(x, weight, targets)  # not 1, so that the factor of backward is seen
+    value.backward()
+    return value.detach(), x.grad, weight.grad
+
+
+def inputs(dtype=torch.float64, N=50, C=8, V=37):
+    torch.manual_seed(0)
+    targets = torch.randint(V, (N,))
+    targets[[3, 11]] = -1
+    x, weight = torch.randn(N, C), torch.randn(V, C)
+    return x.to(dtype), weight.to(dtype), targets
+
+
+@pytest.mark.parametrize("chunk", [1, 37 * 7, 37 * 50, 2**24])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_it_is_cross_entropy_whatever_the_chunk(monkeypatch, chunk, dtype, bound):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    expected = value_and_gradients(plain, *inputs())
+    for a, b in zip(
+        value_and_gradients(loss.linear_cross_entropy, *inputs(dtype)), expected, strict=True
+    ):
+        assert a.dtype == dtype and (a - b).norm() <= bound * b.norm()
+
+
+def test_under_autocast_gradients_are_closer_than_those_of_the_plain_loss():
+    expected = value_and_gradients(plain, *inputs())
+    x, weight, targets = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = value_and_gradients(loss.linear_cross_entropy, x, weight, targets)
+        usual = value_and_gradients(plain, x, weight, targets)
+    for a, b, c in zip(fused, usual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - c).norm() <= min((b - c).norm(), 1e-2 * c.norm())
+
+
+def test_no_target_at_all_is_nan_as_in_torch():
+    x, weight, targets = inputs()
+    targets.fill_(-1)
+    assert loss.linear_cross_entropy(x, weight, targets).isnan()
+    assert plain(x, weight, targets).isnan()
+
+
+def test_it_is_a_sound_operator_and_no_graph_break():
+    x, weight, targets = inputs()
+    args = (x.requires_grad_(), weight.requires_grad_(), targets, torch.float64, True)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(loss._linear_cross_entropy, args, test_utils=checks)
+    compiled = torch.compile(loss.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        value_and_gradients(compiled, *inputs()), value_and_gradients(plain, *inputs()), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_model_takes_it_where_logits_are_many_and_not_wanted(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    idx, targets = torch.randint(11, (2, 2, 8))
+    logits, usual = model(idx, targets)
+    assert logits.shape == (2, 8, 11)
+    calls = []
+    monkeypatch.setattr(loss, "pays", lambda n, device: calls.append(n) or True)
+    nothing, fused = model(idx, targets, with_logits=False)
+    assert nothing is None and calls == [2 * 8 * 11]
+    torch.testing.assert_close(fused, usual)
+    usual.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    fused.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_on_a_gpu_too(dtype, bound):
+    expected = value_and_gradients(plain, *inputs(N=512, C=64, V=1000))
+    x, weight, targets = (t.cuda() for t in inputs(torch.float32, N=512, C=64, V=1000))
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        got = value_and_gradients(loss.linear_cross_entropy, x, weight, targets)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.cpu() - b).norm() <= bound * b.norm()
