@@ -4,13 +4,16 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: train test lint bench clean
+.PHONY: train test faults lint bench clean
 
 train: .venv/run  ## train config/train_11.py; more arguments by ARGS="--max_iters=500"
 	$(PY) train.py config/train_11.py $(ARGS)
 
 test: .venv/dev  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
+
+faults: .venv/dev  ## kill, fill, damage and mislead real runs: five minutes, one table
+	$(PY) tests/faults.py $(ARGS)
 
 lint: .venv/dev  ## style
 	$(PY) -m ruff check .

@@ -35,7 +35,7 @@ import runtime
 from configurator import UserError
 from dataset import TRAIN, Dataset
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
-from train import ARCHITECTURE, Config, check, choose_impl, overrides_of, train_step
+from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
 
 TABLES = ("attention", "types", "lengths")
 
@@ -122,14 +122,16 @@ def make_step(config: BenchConfig, rt, data: Dataset | None, peer=None) -> tuple
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     step = iter(range(sys.maxsize))
 
-    def get_batch(step, micro_step):
+    def load(step, micro_step):
         if data:
             return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
         tokens = torch.randint(vocab_size, (B, T + 1))
         return rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
+    micro_steps = rt.share(config.gradient_accumulation_steps)
+    batches = Batches(load, micro_steps, 0, sys.maxsize)
     return (
-        lambda: train_step(model, optimizer, scaler, get_batch, rt, config, next(step)),
+        lambda: train_step(model, optimizer, scaler, batches, rt, config, next(step)),
         raw_model,
     )
 

@@ -1,16 +1,23 @@
 """
-Checkpoints: atomic and durable save, strict load that runs nothing.
+Checkpoints: a save that is whole or not there, a read that notices damage and runs nothing.
 
-The format is nanoGPT's: a dict of model (state dict), optimizer, model_args, iter_num (updates
-done), best_val_loss and config, to which we add tokenizer and scaler. It is written to a temporary
-name, flushed to the disk and renamed, so that under its own name a checkpoint is always whole.
+The format is nanoGPT's: torch.save of a dict of model (state dict), optimizer, model_args, iter_num
+(updates done), best_val_loss and config, to which we add tokenizer, scaler and data. On the disk it
+is a zip archive, whose comment we use for the SHA-256 of all before it; nanoGPT reads it as ever.
+
+A folder holds ckpt.pt, the latest, previous.pt, the one before, and best.pt, that of the lowest
+validation loss; two names may mean the same bytes. A checkpoint is written to a temporary name,
+flushed to the disk and renamed: under its own name it is always whole.
 """
 
+import hashlib
 import math
 import os
 import pickle
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,30 +25,156 @@ import torch
 from configurator import UserError
 from model import GPT, GPTConfig
 
-LATEST, BEST = "ckpt.pt", "best.pt"
+LATEST, PREVIOUS, BEST = "ckpt.pt", "previous.pt", "best.pt"
+
+# ----------------------------------------------------------------------------
+# Write
 
 
 def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
-    """Write folder/ckpt.pt, and the same file as folder/best.pt if it is the best so far."""
-    path = folder / LATEST
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if is_best:  # a second name for the same bytes, which stay when ckpt.pt is replaced
-        link = folder / (BEST + ".tmp")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(temporary, link)
-        except OSError:  # a disk without hard links
-            shutil.copyfile(temporary, link)
-        os.replace(link, folder / BEST)
-    os.replace(temporary, path)
+    """Write folder/ckpt.pt; what was there becomes previous.pt. The best so far is best.pt too.
+
+    Raises OSError, e.g. for a full disk, and leaves the folder as it was.
+    """
+    path, temporary = folder / LATEST, folder / (LATEST + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write_sealed(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            give_name(path, folder / PREVIOUS)
+        if is_best:
+            give_name(temporary, folder / BEST)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if os.name == "posix":
         directory = os.open(folder, os.O_RDONLY)
         os.fsync(directory)  # the renames too are on the disk now
         os.close(directory)
+
+
+def give_name(path: Path, name: Path) -> None:
+    """Let `name`, too, mean the bytes of `path`, from one moment to the next."""
+    temporary = name.with_name(name.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
+class Hashed:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch replaces it by one of its own, which hides the reason
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class Saver:
+    """The saves of one run. One that fails, for a full disk say, is told in a line and tried again.
+
+    `step` is that of the newest checkpoint in the folder, None if there is none; `failed` says that
+    the last save did not succeed.
+    """
+
+    RETRY = 30.0  # seconds to wait before a save is tried again
+
+    def __init__(self, folder: Path, say: Callable[[str], None], step: int | None):
+        self.folder, self.say, self.step = folder, say, step
+        self.failed, self.retry_at = False, math.inf
+
+    def save(self, checkpoint: dict, is_best: bool) -> bool:
+        step = checkpoint["iter_num"]
+        try:
+            save(checkpoint, self.folder, is_best)
+        except OSError as error:
+            self.failed, self.retry_at = True, time.monotonic() + self.RETRY
+            kept = "none yet" if self.step is None else f"that of step {self.step}"
+            self.say(
+                f"checkpoint of step {step} not saved ({error.strerror}); {LATEST} is still {kept}; "
+                f"next try in {self.RETRY:.0f} s"
+            )
+            return False
+        self.step, self.failed, self.retry_at = step, False, math.inf
+        return True
+
+    def retries(self) -> bool:
+        """Whether it is time to try a failed save again."""
+        return time.monotonic() >= self.retry_at
+
+
+# A zip archive ends in the record END, 22 bytes, whose last two are the length of the comment that
+# follows. torch leaves no comment; ours is TAG and 64 hexadecimal digits of what torch wrote.
+END, TAG = b"PK\x05\x06", b"sha256:"
+SEAL = len(TAG) + 64
+
+
+def write_sealed(checkpoint: dict, file) -> None:
+    hashed = Hashed(file)
+    try:
+        torch.save(checkpoint, hashed)
+    except RuntimeError:
+        if hashed.error:
+            raise hashed.error from None
+        raise
+    file.seek(-2, os.SEEK_END)
+    file.write(SEAL.to_bytes(2, "little") + TAG + hashed.sha256.hexdigest().encode())
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError if the file is not what was written. What others wrote has no seal."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError("it does not begin as a checkpoint does")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 22 - SEAL))
+        end = file.read()
+        if end[SEAL:].startswith(END) and end.endswith(b"\0\0"):
+            return
+        if not end.startswith(END) or end[20:22] != SEAL.to_bytes(2, "little"):
+            raise ValueError("it does not end as a checkpoint does")
+        file.seek(0)
+        sha256, left = hashlib.sha256(), size - SEAL - 2
+        while chunk := file.read(min(left, 2**24)):
+            sha256.update(chunk)
+            left -= len(chunk)
+        sha256.update(b"\0\0")
+        if end[22:] != TAG + sha256.hexdigest().encode():
+            raise ValueError("its SHA-256 is not the one it was written with")
+
+
+# ----------------------------------------------------------------------------
+# Read
+
+
+def load_newest(folder: Path) -> tuple[dict, Path, str | None]:
+    """The newest whole checkpoint of a run, its path, and a line about a damaged one passed over.
+
+    Raises UserError if there is none.
+    """
+    path, older = folder / LATEST, folder / PREVIOUS
+    try:
+        return load(path), path, None
+    except UserError as error:
+        if not older.exists():
+            raise
+        trouble = error if path.exists() else f"{path} is missing"
+    return load(older), older, f"{trouble}; going on from {older}"
 
 
 def load(path: Path) -> dict:
@@ -54,6 +187,7 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
+        check_seal(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
@@ -65,8 +199,8 @@ def load(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
 
-    checkpoint.setdefault("config", {})
-    for key in ("model", "model_args", "config"):
+    checkpoint = {"config": {}, "data": {}, **checkpoint}
+    for key in ("model", "model_args", "config", "data"):
         if not isinstance(checkpoint[key], dict):
             raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
 
@@ -106,9 +240,13 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
 
 
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
-    """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type."""
+    """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type.
+
+    Weights that the checkpoint came without (see train.read_config) are as initialised.
+    """
     model = GPT(config_of(checkpoint, path, **overrides))
-    model.load_state_dict(checkpoint["model"])
+    if "model" in checkpoint:
+        model.load_state_dict(checkpoint["model"])
     return model
 
 
@@ -137,6 +275,26 @@ def restore(
             f"{path} has no state to resume from ({error}); use --init_from=finetune"
         ) from error
     return iter_num, best_val_loss
+
+
+def share_state(optimizer: torch.optim.Optimizer, scaler, rt) -> None:
+    """Give every rank the optimizer's and the scaler's state that the main process has restored."""
+    if rt.world_size == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def shapes():
+        states = [optimizer.state.get(p, {}) for p in parameters]
+        return [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
+
+    for p, keys in zip(parameters, rt.from_main(shapes), strict=True):
+        if not rt.is_main and keys:
+            optimizer.state[p] = {
+                key: torch.empty(shape, dtype=dtype, device=p.device)
+                for key, (shape, dtype) in keys.items()
+            }
+        rt.broadcast([optimizer.state[p][key] for key in sorted(keys)])
+    scaler.load_state_dict(rt.from_main(scaler.state_dict))
 
 
 def check_moments(state: dict, p: torch.Tensor, iter_num: int) -> None:

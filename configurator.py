@@ -27,7 +27,12 @@ CONFIG_DIR = ROOT / "config"
 
 class UserError(Exception):
     """A mistake that the user can repair. Its text is one line: what was given, what is allowed,
-    and the command that repairs it."""
+    and the command that repairs it. Under torchrun one process of a node says it for all, unless it
+    is of `this_rank` alone."""
+
+    def __init__(self, text: object, this_rank: bool = False):
+        super().__init__(str(text))
+        self.silent = not this_rank and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -35,7 +40,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if not error.silent:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -107,7 +113,7 @@ def convert(Config: type, key: str, value: object, source: str) -> object:
     options = typing.get_args(hint) or (hint,)
     if type(None) in options and (value is None or str(value).lower() in ("none", "auto")):
         return None
-    for kind in options:
+    for kind in (o for o in options if o is not type(None)):
         if isinstance(value, str) and kind is not str:
             text = value.strip()
             try:
@@ -136,7 +142,7 @@ RULES = [
         lambda v: v >= 0,
         "must not be negative",
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
-        "pa_length_power temperature seed warmup",
+        "pa_length_power temperature seed warmup skip_nonfinite",
     ),
     (lambda v: v < 8, "must be below 8", "pa_length_power"),
     (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),

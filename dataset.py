@@ -11,6 +11,7 @@ sees the batches that it would have seen, the world size may change between runs
 more often changes nothing.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -24,7 +25,8 @@ import torch
 from configurator import UserError
 
 DATA_DIR = Path(__file__).parent / "data"
-SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (about a second)
+SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
+TAIL = 1024  # tokens at the end of a file that can't all be zero
 
 # What a random number is for: the last word of the generator's key
 TRAIN, EVAL, DROPOUT = range(3)
@@ -81,7 +83,33 @@ class Dataset:
         tokens = np.memmap(path, dtype=dtype, mode="r")
         if size <= SCAN_LIMIT:
             self._check_ids(tokens, split)
+        if len(tokens) > TAIL and not tokens[-TAIL:].any():
+            raise UserError(
+                f"{path} ends in zeros, so it was not written to its end; prepare it again with  "
+                f"{self.repair}"
+            )
         return tokens
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of each split's bytes; of a file larger than SCAN_LIMIT, of its size and of 1024
+        pieces of 1 MiB. Raises UserError if a whole file's is not the one in meta.json."""
+        digests = {}
+        for split, tokens in self.tokens.items():
+            data = tokens.view(np.uint8)
+            sha256, known = hashlib.sha256(), self.meta.get(f"{split}_sha256")
+            if data.nbytes <= SCAN_LIMIT:
+                sha256.update(data)
+                if known not in (None, sha256.hexdigest()):
+                    raise UserError(
+                        f"{self.folder / split}.bin is not the file that meta.json describes (its "
+                        f"SHA-256 differs); prepare it again with  {self.repair}"
+                    )
+            else:
+                sha256.update(str(data.nbytes).encode())
+                for start in np.linspace(0, data.nbytes - 2**20, 1024, dtype=np.int64):
+                    sha256.update(data[start : start + 2**20])
+            digests[split] = sha256.hexdigest()
+        return digests
 
     def _check_ids(self, tokens: np.ndarray, split: str) -> None:
         if (largest := int(tokens.max())) >= self.vocab_size:

@@ -8,8 +8,10 @@ What is None in the configuration is found here: the device (cuda, else mps, els
 
 import os
 import platform
+import signal
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,6 +43,9 @@ class Runtime:
     compile: bool
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0  # among the ranks of this node
+    restarts: int = 0  # how often torchrun has started these processes again
+    launch: str = ""  # the same for all restarts of one torchrun, of no other
 
     @property
     def device_type(self) -> str:
@@ -75,13 +80,40 @@ class Runtime:
         """This rank's part of n micro-steps, a contiguous range."""
         return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
-    def sum(self, value: float | torch.Tensor) -> float:
-        """A number summed over all ranks. Waits for the device."""
-        total = torch.as_tensor(value).detach().cpu().double()
+    def sum(self, values: torch.Tensor | list[float]) -> list[float]:
+        """Numbers (a vector), each summed over all ranks. Waits for the device."""
+        totals = torch.as_tensor(values).detach().cpu().double()
         if self.world_size > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
-        return total.item()
+            totals = totals.to(self.device)
+            dist.all_reduce(totals)
+        return totals.tolist()
+
+    def from_main(self, make: Callable[[], object]) -> object:
+        """What `make` returns on the main process, for every rank. Its UserError is everybody's."""
+        if self.world_size == 1:
+            return make()
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite tensors, of equal shapes on all ranks, with those of the main process."""
+        for t in tensors if self.world_size > 1 else ():
+            dist.broadcast(t, src=0)
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, on every rank."""
+        texts = [text] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(texts, text)
+        return texts
 
     def print(self, line: str) -> None:
         """Print once, from the main process."""
@@ -111,6 +143,39 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an operation among ranks failed because one of them has ended, or does not answer."""
+    signs = ("onnection closed", "onnection reset", "roken pipe", "imed out", "imeout")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+class Interrupt:
+    """SIGTERM and SIGINT as a flag, while the context is open; a second one ends the process.
+
+    `signal` is the number of the first one that came, or 0.
+    """
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def counts(self) -> list[float]:
+        """1 or 0 for SIGTERM and for SIGINT, to be summed over ranks."""
+        return [float(self.signal == s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+    def _note(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+
 def start(
     device: str | None, dtype: str | None, compile: bool | None, backend: str | None = None
 ) -> Runtime:
@@ -130,7 +195,8 @@ def start(
             raise RuntimeError("not a device to compute on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} can't be used here; leave it out for {found}") from error
+        told = f"device={device} can't be used here; leave it out for {found}"
+        raise UserError(told, this_rank=True) from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -144,4 +210,14 @@ def start(
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
         own = torch.device(device) if backend == "nccl" else None
         dist.init_process_group(backend=backend, timeout=timedelta(minutes=10), device_id=own)
-    return Runtime(device, dtype or "float32", bool(compile), rank, world_size)
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return Runtime(
+        device,
+        dtype or "float32",
+        bool(compile),
+        rank,
+        world_size,
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        launch if launch != "none" else f"child of {os.getppid()}",  # torchrun's own process
+    )

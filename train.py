@@ -8,20 +8,23 @@ Train a GPT with any attention, on one process or under torchrun.
     python train.py --init_from=finetune --out_dir=OUT --attn_type=GKpoly-8
     python train.py eval_gpt2                                     # evaluate only
 
-On several nodes, run on each of them, with the address of the first:
+On several nodes, run on each of them, with the address of one; a rank that dies is restarted, and
+the run goes on from its last checkpoint, whatever init_from says:
 
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 \\
-        train.py config/train_gpt2.py
+    torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d \\
+        --rdzv-endpoint=HOST:29500 --rdzv-id=NAME train.py config/train_gpt2.py
+
+SIGTERM and Ctrl-C save within a step and end the run with exit code 143 or 130.
 """
 
-import csv
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -32,7 +35,9 @@ import configurator
 import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
+from divergence import where_it_began
 from model import GPT, GPTConfig, choose, parse_attn_type
+from runlog import RunLog
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Config:
     log_interval: int = 1  # steps between rows of the log
     always_save_checkpoint: bool = True  # False: save only if val loss improved, and at the end
     seed: int = 1337  # of weights, batches and dropout
+    allow_mismatch: bool = False  # resume with other data, schedule or batches than the run had
+    skip_nonfinite: int = 0  # steps with an infinite loss or gradient to pass over before stopping
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "gpt-attention"  # its project
     wandb_run_name: str | None = None  # its run name; auto: the name of the run's folder
@@ -91,35 +98,100 @@ class Config:
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
-    "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl".split()
+    "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl "
+    "allow_mismatch skip_nonfinite".split()
 )
+# What a resumed run must share with the one before to end where that would have ended
+TRAJECTORY = (
+    "seed dataset gradient_accumulation_steps batch_size dropout learning_rate weight_decay beta1 "
+    "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr"
+).split()
 
 # ----------------------------------------------------------------------------
 # Set-up
 
 
-def read_config(argv: list[str]) -> tuple[Config, dict, dict | None]:
-    """The configuration, the part of it that the user gave, and the checkpoint it starts from.
+def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, Path | None]:
+    """The configuration, and the checkpoint it starts from with its path.
 
     resume and finetune go on with the settings of the run in out_dir: its config takes the place
-    of the defaults above, and the user's values override both.
+    of the defaults above, and what the user gave overrides both. Only the main process reads the
+    checkpoint; the others get it without its tensors.
     """
-    given = configurator.parse(Config, argv)
-    config, source = Config(**given), None
-    if config.init_from in ("resume", "finetune"):
-        source = ckpt.load(Path(config.out_dir) / ckpt.LATEST)
-        keys = {f.name for f in fields(Config)} - PER_LAUNCH
-        saved = {k: v for k, v in source["config"].items() if k in keys}
-        where = f"in the config of {config.out_dir}/{ckpt.LATEST}"
-        for k, v in saved.items():
-            saved[k] = configurator.convert(Config, k, v, f"{k}={v!r} {where}")
-        config = Config(**{**saved, **given})
+    config = Config(**given)
     check(config)
-    return config, given, source
+    if config.init_from not in ("resume", "finetune"):
+        return config, None, None
+    loaded = []
+
+    def read():
+        source, path, trouble = ckpt.load_newest(Path(config.out_dir))
+        if trouble:
+            rt.print(trouble)
+        loaded.append(source)
+        return {k: v for k, v in source.items() if k not in ("model", "optimizer")}, path
+
+    source, path = rt.from_main(read)
+    source = loaded[0] if loaded else source
+    keys = {f.name for f in fields(Config)} - PER_LAUNCH
+    saved = {k: v for k, v in source["config"].items() if k in keys}
+    for k, v in saved.items():
+        saved[k] = configurator.convert(Config, k, v, f"{k}={v!r} in the config of {path}")
+    config = Config(**{**saved, **given})
+    check(config)
+    if config.init_from == "resume" and not config.allow_mismatch:
+        check_trajectory(Config(**saved), config, path)
+    return config, source, path
+
+
+def check_trajectory(old: Config, new: Config, path: Path) -> None:
+    """Raise UserError if a resumed run would not go on as the run in `path` did."""
+    before, after = (
+        asdict(config) | dict(zip(("lr_decay_iters", "min_lr"), schedule(config), strict=True))
+        for config in (old, new)
+    )
+    changed = [key for key in TRAJECTORY if before[key] != after[key]]
+    if changed:
+        values = ", ".join(f"{key}={before[key]}, not {after[key]}" for key in changed)
+        repair = "leave out what changes it"
+        if changed == ["lr_decay_iters"] and new.lr_decay_iters is None:
+            repair = f"--max_iters moves it: pass --lr_decay_iters={before['lr_decay_iters']}"
+        raise UserError(f"{path} has {values}; {repair}, or pass --allow_mismatch=True")
+
+
+def check_data(source: dict, fingerprint: dict, path: Path, name: str) -> None:
+    """Raise UserError if the data of the run in `path` have changed since."""
+    changed = [s for s, sha in source["data"].items() if fingerprint.get(s) != sha]
+    if changed:
+        raise UserError(
+            f"{changed[0]}.bin of data set {name} is not what {path} was trained on; put that file "
+            "back, or pass --allow_mismatch=True"
+        )
+
+
+def after_restart(given: dict, rt: runtime.Runtime) -> dict:
+    """`given`, changed to resume what this launch has saved if torchrun restarted its processes."""
+
+    def folder_to_resume():
+        config = Config(**given)
+        folder = run_folder(config)
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["found"]
+        except (OSError, ValueError, KeyError):
+            return None
+        has_checkpoint = (folder / ckpt.LATEST).exists() or (folder / ckpt.PREVIOUS).exists()
+        return str(folder) if has_checkpoint and found.get("launch") == rt.launch else None
+
+    (restarts,) = rt.sum([rt.restarts])  # not every node must have counted the same
+    folder = rt.from_main(folder_to_resume) if restarts else None
+    if folder is None:
+        return given
+    rt.print(f"restarted: going on with {os.path.relpath(folder)}")
+    return {**given, "init_from": "resume", "out_dir": folder, "save_dir": None}
 
 
 def check(config: Config) -> None:
-    """Raise UserError for values that can't go together."""
+    """Raise UserError for values that can't be, or can't go together."""
     configurator.check_rules(asdict(config))
     try:
         parse_attn_type(config.attn_type)
@@ -140,7 +212,7 @@ def check(config: Config) -> None:
 def open_data(config: Config, rt: runtime.Runtime) -> Dataset:
     """The data set; the embedded one is prepared on the spot when it is missing."""
     folder = Path(config.data_dir or DATA_DIR) / config.dataset
-    if config.dataset == "pydocs" and rt.is_main:
+    if config.dataset == "pydocs" and rt.local_rank == 0:
         if not (folder / "meta.json").exists():
             script = DATA_DIR / "pydocs" / "prepare.py"
             prepared = subprocess.run([sys.executable, script, "--out", folder])
@@ -150,8 +222,13 @@ def open_data(config: Config, rt: runtime.Runtime) -> Dataset:
     return Dataset(config.dataset, config.data_dir)
 
 
-def build_model(config: Config, given: dict, source: dict | None, data: Dataset) -> GPT:
-    """The model that init_from asks for, on the CPU, checked against what the user gave."""
+def build_model(
+    config: Config, given: dict, source: dict | None, path: Path | None, data: Dataset
+) -> GPT:
+    """The model that init_from asks for, on the CPU, checked against what the user gave.
+
+    Where `source`, the checkpoint of `path`, came without tensors, its weights are left to DDP.
+    """
     if config.init_from == "scratch":
         # GPT-2's vocabulary is padded to a multiple of 64, which is faster
         data.check_length(config.block_size)
@@ -161,7 +238,6 @@ def build_model(config: Config, given: dict, source: dict | None, data: Dataset)
         return GPT(GPTConfig(vocab_size=vocab_size, **shape, **overrides_of(config)))
 
     if source is not None:
-        path = Path(config.out_dir) / ckpt.LATEST
         overrides = overrides_of(config)
         saved = ckpt.config_of(source, path)
         if config.init_from == "resume":
@@ -230,31 +306,49 @@ def overrides_of(config: Config) -> dict:
     }
 
 
-def prepare_folder(config: Config, rt: runtime.Runtime) -> Path:
-    """The folder the run writes to. A run that is there already is moved aside, not overwritten."""
-    source = folder = Path(config.out_dir).absolute()
+def run_folder(config: Config) -> Path:
+    """The folder that the run writes to. A finetune has one of its own."""
+    source = Path(config.out_dir).absolute()
+    if config.init_from != "finetune":
+        return source
+    folder = source.with_name(f"{source.name}-finetune-{config.attn_type}")
+    if config.save_dir is not None:
+        folder = Path(config.save_dir).absolute()
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"save_dir={folder} holds the run to start from; choose another")
+    return folder
+
+
+def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime) -> Path:
+    """Make the folder of the run and write config.json. A run that is there already is moved aside,
+    and so is the damaged checkpoint of a run that goes on from the one before."""
+    folder = run_folder(config)
     if config.init_from == "finetune":
-        folder = source.with_name(f"{source.name}-finetune-{config.attn_type}")
-        if config.save_dir is not None:
-            folder = Path(config.save_dir).absolute()
-        if source.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"save_dir={folder} holds the run to start from; choose another")
         rt.print(f"finetune of {config.out_dir}, written to {os.path.relpath(folder)}")
-    if rt.is_main and config.init_from != "resume":
-        move_aside(folder, rt)
+
+    def prepare():
         try:
+            if config.init_from != "resume":
+                move_aside(folder, rt)
+            elif source_path.name != ckpt.LATEST and (latest := folder / ckpt.LATEST).exists():
+                os.replace(latest, folder / f"{ckpt.LATEST}.damaged")
             folder.mkdir(parents=True, exist_ok=True)
+            found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
+            found |= {"world_size": rt.world_size, "torch": torch.__version__, "launch": rt.launch}
+            text = json.dumps({**asdict(config), "found": found}, indent=2)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"{folder} can't be written ({error}); choose another folder"
+                f"{folder} can't be written ({error.strerror}); choose another folder, or make room"
             ) from error
-    rt.barrier()
+
+    rt.from_main(prepare)
     return folder
 
 
 def move_aside(folder: Path, rt: runtime.Runtime) -> None:
     """Rename a folder that holds a run to the first free of FOLDER.1, FOLDER.2, ..."""
-    if (folder / ckpt.LATEST).exists() or (folder / "log.csv").exists():
+    if any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS, "log.csv")):
         n = 1
         while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
             n += 1
@@ -267,152 +361,117 @@ def move_aside(folder: Path, rt: runtime.Runtime) -> None:
 # One step
 
 
+def schedule(config: Config) -> tuple[int, float]:
+    """lr_decay_iters and min_lr, what `auto` means filled in."""
+    if not config.decay_lr:
+        return 0, config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    return end, config.learning_rate / 10 if config.min_lr is None else config.min_lr
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Linear warm-up from learning_rate / (warmup_iters + 1), then a cosine down to min_lr."""
+    end, min_lr = schedule(config)
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     if step >= end:
         return min_lr
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0..1
     return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(model, optimizer, scaler, get_batch, rt, config, step: int) -> torch.Tensor:
-    """One update of the weights. `get_batch(step, micro_step)` gives inputs and targets (B, T).
+class Batches:
+    """The batches of this rank in the order of training, from `first_step` on: iterate over `take`.
 
-    Returns the mean loss over this rank's micro-steps, a scalar that stays on the device.
+    load(step, micro_step) gives inputs and targets, (B, T) each, on the device. One batch is loaded
+    ahead: `load_next`, called when the device has work to do, makes the next `take` free.
+    """
+
+    def __init__(self, load: Callable, micro_steps: range, first_step: int, last_step: int):
+        self.load = load
+        self.order = ((s, m) for s in range(first_step, last_step) for m in micro_steps)
+        self.load_next()
+
+    def load_next(self) -> None:
+        key = next(self.order, None)
+        self.ahead = None if key is None else self.load(*key)
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ahead
+
+
+def train_step(
+    model, optimizer, scaler, batches: Batches, rt, config: Config, step: int, interrupt=None
+) -> tuple[float, float, bool, list[float]]:
+    """One update of the weights, unless the loss or the gradient is not finite.
+
+    Returns the loss, a mean over micro-steps and ranks, the norm of the gradient, whether the
+    weights were updated, and how many ranks got SIGTERM and SIGINT.
     """
     micro_steps = rt.share(config.gradient_accumulation_steps)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Two halves, summed apart, make one process end bit for bit where two ranks would have
+    half = len(micro_steps) // 2 if rt.world_size == 1 and len(micro_steps) % 2 == 0 else 0
+    first_half = None
     total = 0.0
-    for micro_step in micro_steps:
-        x, y = get_batch(step, micro_step)
+    for i, micro_step in enumerate(micro_steps):
+        x, y = batches.take()
         if config.dropout > 0:
             torch.manual_seed(dropout_seed(config.seed, step, micro_step))
+        if i == half > 1:
+            first_half = [p.grad for p in parameters]
+            optimizer.zero_grad(set_to_none=True)
         syncs = rt.world_size == 1 or micro_step == micro_steps[-1]
         with nullcontext() if syncs else model.no_sync():  # DDP averages gradients once a step
             with rt.autocast():
                 _, loss = model(x, y, with_logits=False)
             scaler.scale(loss / len(micro_steps)).backward()
         total += loss.detach()
+        batches.load_next()
+    for p, grad in zip(parameters, first_half or (), strict=False):
+        p.grad.add_(grad)
+
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip > 0:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+    signals = interrupt.counts() if interrupt else [0.0, 0.0]
+    state = torch.stack([total / len(micro_steps), norm.to(total.device)]).double()
+    loss, norm, *signals = rt.sum(torch.cat([state, state.new_tensor(signals)]))
+    loss, norm = loss / rt.world_size, norm / rt.world_size
+    # With float16 a gradient that overflows is no event: the scaler skips the step and scales less
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    updated = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+    if updated:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total / len(micro_steps)
+    return loss, norm, updated, signals
 
 
 @torch.no_grad()
-def evaluate(model, data: Dataset, rt, config: Config) -> dict:
-    """Mean loss on eval_iters fixed batches of each split; every rank takes its share of them."""
+def evaluate(model, data: Dataset, rt, config: Config, interrupt=None) -> tuple[dict, list[float]]:
+    """Mean loss on eval_iters fixed batches of each split, shared among the ranks, and how many of
+    them got SIGTERM and SIGINT; then the losses are not whole."""
     model.eval()
-    T = model.config.block_size
-    losses = {}
-    for split in data.tokens:
-        mine = []
-        for i in rt.share(config.eval_iters):
-            x, y = rt.to_device(*data.batch(split, EVAL, config.seed, i, 0, config.batch_size, T))
+    B, T = config.batch_size, model.config.block_size
+    n = config.eval_iters
+    losses = torch.zeros(len(data.tokens), n, dtype=torch.float64)
+    for s, split in enumerate(data.tokens):
+        for i in rt.share(n):
+            if interrupt and interrupt.signal:
+                break
+            x, y = rt.to_device(*data.batch(split, EVAL, config.seed, i, 0, B, T))
             with rt.autocast():
-                mine.append(model(x, y, with_logits=False)[1])
-        total = rt.sum(sum(torch.stack(mine).tolist()) if mine else 0.0)
-        losses[split] = total / config.eval_iters
+                losses[s, i] = model(x, y, with_logits=False)[1].item()
     model.train()
-    return losses
-
-
-# ----------------------------------------------------------------------------
-# The log
-
-
-class RunLog:
-    """log.csv, the terminal and wandb. Only the main process writes; for others it does nothing.
-
-    A row of log.csv: step (updates done), tokens seen, train_loss of that step's batches (mean over
-    micro-steps and ranks), val_loss and eval_train_loss where an evaluation was due, lr, step_ms,
-    tokens_per_s and mfu (share of the GPU's peak) since the row before, and the seconds spent in
-    training steps so far.
-    """
-
-    COLUMNS = (
-        "step tokens train_loss val_loss eval_train_loss lr step_ms tokens_per_s mfu seconds"
-    ).split()
-
-    def __init__(self, folder: Path, config: Config, rt, first_step: int):
-        self.active, self.seconds, self.wandb = rt.is_main, 0.0, None
-        if not self.active:
-            return
-        rows = []
-        if first_step > 0 and (folder / "log.csv").exists():  # keep what the checkpoint knows of
-            with open(folder / "log.csv", newline="") as file, suppress(KeyError, ValueError):
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-                self.seconds = float(rows[-1]["seconds"] or 0.0) if rows else 0.0
-        self.file = open(folder / "log.csv", "w", newline="")
-        self.csv = csv.DictWriter(self.file, self.COLUMNS, extrasaction="ignore")
-        self.csv.writeheader()
-        self.csv.writerows(rows)
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=config.max_iters, initial=first_step, unit="step", leave=True)
-        if config.wandb_log:
-            import wandb
-
-            name = config.wandb_run_name or folder.name
-            try:
-                self.wandb = wandb.init(
-                    project=config.wandb_project, name=name, config=asdict(config)
-                )
-            except Exception as error:  # not logged in, offline, ...: no reason not to train
-                self.say(f"wandb is off: {error}")
-
-    def say(self, line: str) -> None:
-        if self.active and self.bar is not None:
-            self.bar.write(line)
-        elif self.active:
-            print(line, flush=True)
-
-    def write(self, **row) -> None:
-        """Add a row; seconds are counted up from its step_ms."""
-        if not self.active:
-            return
-        row["seconds"] = self.seconds = self.seconds + row.pop("window_seconds", 0.0)
-        self.csv.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-        if "train_loss" in row:
-            self._progress(row)
-        if "val_loss" in row:
-            losses = f"train loss {row['eval_train_loss']:.4f}, val loss {row['val_loss']:.4f}"
-            self.say(f"step {row['step']}: {losses}")
-
-    def _progress(self, row: dict) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {row['train_loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False
-            )
-            self.bar.update(row["step"] - self.bar.n)
-            return
-        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        print(
-            f"step {row['step']}: loss {row['train_loss']:.4f}, {row['step_ms']:.1f} ms/step, "
-            f"{row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}",
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.active:
-            self.file.close()
-            if self.bar is not None:
-                self.bar.close()
-            if self.wandb:
-                self.wandb.finish()
+    signals = interrupt.counts() if interrupt else [0.0, 0.0]
+    # Each rank has zeros where others have losses, so that sums are the same for any number of them
+    *losses, terminate, interrupted = rt.sum([*losses.flatten().tolist(), *signals])
+    means = {s: math.fsum(losses[i * n : (i + 1) * n]) / n for i, s in enumerate(data.tokens)}
+    return means, [terminate, interrupted]
 
 
 # ----------------------------------------------------------------------------
@@ -420,10 +479,35 @@ class RunLog:
 
 
 def main() -> None:
-    config, given, source = read_config(sys.argv[1:])
-    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
+    given = configurator.parse(Config, sys.argv[1:])
+    first = Config(**given)
+    check(first)
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(runtime.Interrupt())
+        rt = runtime.start(first.device, first.dtype, first.compile, first.backend)
+        stack.callback(rt.close)
+        try:
+            code = train(given, rt, interrupt, stack)
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if known or "can't allocate memory" in reason:
+                repair = "halve --batch_size and double --gradient_accumulation_steps"
+                raise UserError(f"out of memory ({reason}); {repair}", this_rank=True) from error
+            if rt.world_size == 1 or not runtime.lost_rank(error):
+                raise
+            print(f"rank {rt.rank}: another rank is gone ({reason[:160]})", file=sys.stderr)
+            code = 1
+    if code:
+        sys.exit(code)
+
+
+def train(given: dict, rt: runtime.Runtime, interrupt: runtime.Interrupt, stack: ExitStack) -> int:
+    """The whole run; returns the exit code. What has to be closed at its end goes on the stack."""
+    given = after_restart(given, rt)
+    config, source, source_path = read_config(given, rt)
     data = open_data(config, rt)
-    raw_model = build_model(config, given, source, data).to(rt.device)
+    raw_model = build_model(config, given, source, source_path, data).to(rt.device)
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
     for key in (*ARCHITECTURE, "attn_type", "pa_length_power"):
         setattr(config, key, getattr(raw_model.config, key))
@@ -440,33 +524,39 @@ def main() -> None:
         f"data set {data.name}"
     )
     if config.eval_only:
-        losses = evaluate(eval_model, data, rt, config)
-        rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        rt.close()
-        return
+        losses, signals = evaluate(eval_model, data, rt, config, interrupt)
+        if not any(signals):
+            rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        return exit_code(signals)
 
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
     )
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
-    first_step, best_val_loss = 0, math.inf
-    if config.init_from == "resume":
-        path = Path(config.out_dir) / ckpt.LATEST
-        first_step, best_val_loss = ckpt.restore(source, path, optimizer, scaler)
-    del source
+    fingerprint = rt.from_main(data.fingerprint)
+    step, best_val_loss, evaluated = 0, math.inf, -1  # updates done; the step evaluated last
+    if resumes := config.init_from == "resume":
+        if not config.allow_mismatch:
+            check_data(source, fingerprint, source_path, data.name)
+        step, best_val_loss = rt.from_main(
+            lambda: ckpt.restore(source, source_path, optimizer, scaler)
+        )
+        ckpt.share_state(optimizer, scaler, rt)
+        evaluated = step if source.get("evaluated", step) == step else -1
+    source = None  # frees its memory
 
-    folder = prepare_folder(config, rt)
-    if rt.is_main:
-        found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
-        found |= {"world_size": rt.world_size, "torch": torch.__version__}
-        text = json.dumps({**asdict(config), "found": found}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    log = RunLog(folder, config, rt, first_step)
+    folder = prepare_folder(config, source_path, rt)
+    log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
+    saver = ckpt.Saver(folder, log.say, step if resumes else None)
 
-    def get_batch(step, micro_step):
+    def load(step, micro_step):
         return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
 
-    def save(step, is_best):
+    def save(is_best=False) -> bool:
+        if not rt.is_main:
+            return True
+        if not all(w.isfinite().all() for w in raw_model.parameters()):
+            raise diverged("the weights are not finite", step, saver, config)
         checkpoint = {
             "model": raw_model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -476,62 +566,101 @@ def main() -> None:
             "config": asdict(config),
             "tokenizer": data.tokenizer,
             "scaler": scaler.state_dict(),
+            "data": fingerprint,
+            "evaluated": evaluated,
         }
-        ckpt.save(checkpoint, folder, is_best)
+        return saver.save(checkpoint, is_best)
 
-    if first_step == 0:
-        losses = evaluate(eval_model, data, rt, config)
-        log.write(step=0, tokens=0, val_loss=losses["val"], eval_train_loss=losses["train"])
-        best_val_loss = losses["val"]
-        if config.max_iters == 0 and rt.is_main:  # e.g. to keep what gpt2 starts from
-            save(0, is_best=True)
-    elif first_step >= config.max_iters:
-        log.say(f"{first_step} steps are done already; pass a larger --max_iters to go on")
+    if step >= config.max_iters and step == evaluated:
+        log.say(f"{step} steps are done already; pass a larger --max_iters to go on")
+    micro_steps = rt.share(config.gradient_accumulation_steps)
+    batches = Batches(load, micro_steps, step, config.max_iters)
+    row = {"step": 0, "tokens": 0} if step == 0 else {}
+    logged, seconds, skipped, signals = step, 0.0, 0, [0.0, 0.0]
+    while True:
+        # Evaluate, log and save what the steps so far have come to
+        saves, is_best, before = saver.retries(), False, best_val_loss
+        due = step % config.eval_interval == 0 or step == config.max_iters
+        if due and evaluated < step and not any(signals):
+            losses, signals = evaluate(eval_model, data, rt, config, interrupt)
+            if not any(signals):
+                row |= {"step": step, "val_loss": losses["val"], "tokens": step * tokens_per_step}
+                row |= {"eval_train_loss": losses["train"]}
+                evaluated, best_val_loss = step, min(before, losses["val"])
+                is_best = best_val_loss < before and (step > 0 or config.max_iters == 0)
+                saves |= is_best or step == config.max_iters
+                saves |= step > 0 and config.always_save_checkpoint
+        if row:
+            log.write(**row)
+            row = {}
+        if saves or any(signals) and saver.step != step:
+            if not save(is_best) and is_best:
+                best_val_loss = before  # best.pt is still the one of that loss
+        if any(signals) or step >= config.max_iters:
+            break
 
-    logged_step, started = first_step, time.perf_counter()
-    for step in range(first_step + 1, config.max_iters + 1):
-        lr = learning_rate(step - 1, config)
+        # One step
+        lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = train_step(model, optimizer, scaler, get_batch, rt, config, step - 1)
+        started = time.perf_counter()
+        loss, norm, updated, signals = train_step(
+            model, optimizer, scaler, batches, rt, config, step, interrupt
+        )
+        seconds += time.perf_counter() - started
+        if not updated:
+            skipped += 1
+            what = f"loss {loss:.4g} and gradient norm {norm:.4g}"
+            if skipped > config.skip_nonfinite:
+                found = where_it_began(raw_model, (load(step, m) for m in micro_steps), rt)
+                found = [line for line in rt.gather(found or "") if line]
+                what += f"; {found[0]}" if found else ""
+                raise diverged(what, step, saver, config)
+            log.say(f"step {step + 1}: {what}: skipped, {skipped} of {config.skip_nonfinite}")
+        step += 1
+        if (
+            step % config.log_interval == 0
+            or step % config.eval_interval == 0
+            or (step == config.max_iters)
+        ):
+            per_step = seconds / (step - logged)
+            sequences = config.gradient_accumulation_steps * B // rt.world_size
+            row = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "train_loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "step_ms": 1000 * per_step,
+                "tokens_per_s": tokens_per_step / per_step,
+                "mfu": raw_model.estimate_mfu(sequences, per_step, T),
+                "window_seconds": seconds,
+            }
+            logged, seconds = step, 0.0
 
-        evaluates = step % config.eval_interval == 0 or step == config.max_iters
-        if not evaluates and step % config.log_interval:
-            continue
-        train_loss = rt.sum(loss) / rt.world_size  # waits for the device, so the clock is right
-        window = time.perf_counter() - started
-        per_step = window / (step - logged_step)
-        sequences = config.gradient_accumulation_steps * B // rt.world_size
-        row = {
-            "step": step,
-            "tokens": step * tokens_per_step,
-            "train_loss": train_loss,
-            "lr": lr,
-            "step_ms": 1000 * per_step,
-            "tokens_per_s": tokens_per_step / per_step,
-            "mfu": raw_model.estimate_mfu(sequences, per_step, T),
-            "window_seconds": window,
-        }
-        if evaluates:
-            losses = evaluate(eval_model, data, rt, config)
-            row |= {"val_loss": losses["val"], "eval_train_loss": losses["train"]}
-        log.write(**row)
-        if not math.isfinite(train_loss + row.get("val_loss", 0.0)):
-            raise UserError(
-                f"the loss is no longer finite at step {step}; the checkpoint before it is kept in "
-                f"{folder}: resume or start again with a lower --learning_rate"
-                + (", or more squarings n" if config.attn_type.startswith("GKpoly") else "")
-            )
-        if evaluates and rt.is_main:
-            improved = losses["val"] < best_val_loss
-            best_val_loss = min(best_val_loss, losses["val"])
-            if improved or config.always_save_checkpoint or step == config.max_iters:
-                save(step, improved)
-        logged_step, started = step, time.perf_counter()
+    shown = os.path.relpath(folder)
+    if any(signals):
+        log.say(f"stopped at step {step}; go on with  --init_from=resume --out_dir={shown}")
+        return exit_code(signals)
+    log.say(f"best val loss {best_val_loss:.4f}; the run is in {shown}")
+    return 1 if saver.failed else 0
 
-    log.say(f"best val loss {best_val_loss:.4f}; the run is in {os.path.relpath(folder)}")
-    log.close()
-    rt.close()
+
+def exit_code(signals: list[float]) -> int:
+    """What a shell expects of a process that SIGTERM or SIGINT has ended; 0 for none."""
+    terminate, interrupt = signals
+    return 143 if terminate else 130 if interrupt else 0
+
+
+def diverged(what: str, step: int, saver: ckpt.Saver, config: Config) -> UserError:
+    kept = "there is no checkpoint yet"
+    if saver.step is not None:
+        kept = f"{os.path.relpath(saver.folder)}/{ckpt.LATEST} is that of step {saver.step}"
+    more = ", with more squarings n" if config.attn_type.startswith("GKpoly") else ""
+    return UserError(
+        f"step {step + 1} was not done: {what}. {kept}; start again with a lower --learning_rate"
+        f"{more}, or go on from there with --skip_nonfinite=N, past N such steps"
+    )
 
 
 if __name__ == "__main__":

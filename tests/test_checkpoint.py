@@ -77,7 +77,8 @@ def test_best_stays_when_the_latest_is_replaced(tmp_path):
     ckpt.save({**saved, "iter_num": 2}, tmp_path)
     assert ckpt.load(tmp_path / "best.pt")["iter_num"] == 1
     assert ckpt.load(tmp_path / "ckpt.pt")["iter_num"] == 2
-    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "ckpt.pt"}
+    assert ckpt.load(tmp_path / "previous.pt")["iter_num"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "ckpt.pt", "previous.pt"}
 
 
 def test_a_missing_checkpoint_is_told_with_the_key_that_names_it():

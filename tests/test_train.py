@@ -86,7 +86,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run_train, tmp_path,
 
 def test_resume_needs_nothing_but_the_folder(run, run_train, tmp_path, data_dir):
     run_train("--out_dir=run", "--max_iters=2", "--attn_type=PA_relu", "--learning_rate=0.125")
-    run("train", "--init_from=resume", "--out_dir=run", "--max_iters=3", f"--data_dir={data_dir}")
+    more = ["--max_iters=3", "--lr_decay_iters=2", f"--data_dir={data_dir}"]
+    run("train", "--init_from=resume", "--out_dir=run", *more)
     last = ckpt.load(tmp_path / "run" / "ckpt.pt")
     assert last["iter_num"] == 3 and last["config"]["learning_rate"] == 0.125
     assert last["model_args"]["attn_type"] == "PA_relu"
@@ -232,8 +233,9 @@ def test_a_missing_checkpoint_is_one_line(run_train):
 
 def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(run_train, tmp_path):
     args = ["--out_dir=run", "--attn_type=GKpoly-4", "--eval_interval=1", "--warmup_iters=0"]
-    with pytest.raises(Failed, match="no longer finite at step") as failed:
+    with pytest.raises(Failed, match="was not done: loss") as failed:
         run_train(*args, "--learning_rate=1e5", "--grad_clip=0", "--max_iters=40")
+    assert re.search("it began in attn of layer .*GKpoly-4 needs -32", failed.value.stderr)
     assert "more squarings" in failed.value.stderr
     if (tmp_path / "run" / "ckpt.pt").exists():
         weights = ckpt.load(tmp_path / "run" / "ckpt.pt")["model"].values()
@@ -273,7 +275,7 @@ def test_clipping_bounds_the_step(run_train, tmp_path):
 
 
 def test_resuming_drops_the_rows_after_the_checkpoint(run_train, tmp_path):
-    args = ["--out_dir=run", "--eval_interval=2", "--always_save_checkpoint=True"]
+    args = ["--out_dir=run", "--eval_interval=2", "--lr_decay_iters=4"]
     run_train(*args, "--max_iters=2")
     with open(tmp_path / "run" / "log.csv", "a", newline="") as file:
         file.write("3,384,9.9,,,0.1,1,1,,1\r\n")  # a step that a kill took back
@@ -283,8 +285,90 @@ def test_resuming_drops_the_rows_after_the_checkpoint(run_train, tmp_path):
     assert float(log[-1]["train_loss"]) < 9
 
 
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("--batch_size=8", "batch_size=4, not 8"),
+        ("--seed=3", "seed=1337, not 3"),
+        ("--learning_rate=0.5", "learning_rate=0.0006, not 0.5"),
+        ("--max_iters=9", "pass --lr_decay_iters=4"),
+        ("--dropout=0.5", "dropout=0.0, not 0.5"),
+    ],
+)
+def test_a_resume_that_would_change_the_run_is_refused_unless_asked_for(run_train, given, told):
+    run_train("--out_dir=run")
+    with pytest.raises(Failed, match=told) as failed:
+        run_train("--out_dir=run", "--init_from=resume", given)
+    assert "--allow_mismatch=True" in failed.value.stderr
+    run_train("--out_dir=run", "--init_from=resume", given, "--allow_mismatch=True")
+
+
+def test_a_constant_learning_rate_can_be_resumed_for_longer(run_train, tmp_path):
+    run_train("--out_dir=run", "--decay_lr=False")
+    run_train("--out_dir=run", "--decay_lr=False", "--init_from=resume", "--max_iters=5")
+    assert ckpt.load(tmp_path / "run" / "ckpt.pt")["iter_num"] == 5
+
+
+def test_data_that_changed_since_are_noticed(run_train, tmp_path, data_dir):
+    run_train("--out_dir=run")
+    bin_file = data_dir / "abc" / "val.bin"
+    data = bytearray(bin_file.read_bytes())
+    data[10:12], data[20:22] = data[20:22], data[10:12]
+    assert data != bin_file.read_bytes()
+    bin_file.write_bytes(data)
+    with pytest.raises(Failed, match="val.bin of data set abc is not what"):
+        run_train("--out_dir=run", "--init_from=resume")
+    run_train("--out_dir=run", "--init_from=resume", "--allow_mismatch=True")
+
+
+def test_a_damaged_checkpoint_is_passed_over_set_aside_and_never_replaces_a_good_one(
+    run_train, tmp_path
+):
+    run_train("--out_dir=whole", "--eval_interval=1")
+    args = ["--out_dir=run", "--eval_interval=1", "--lr_decay_iters=4"]
+    run_train(*args, "--max_iters=3")
+    path = tmp_path / "run" / "ckpt.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    out = run_train(*args, "--init_from=resume")
+    assert out.count("SHA-256") == 1 and "going on from run/previous.pt" in out
+    assert (tmp_path / "run" / "ckpt.pt.damaged").read_bytes() == damaged
+    assert same_training_state(tmp_path / "whole", tmp_path / "run")
+    ckpt.load(tmp_path / "run" / "previous.pt")
+
+
+def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path, monkeypatch):
+    """Steps 2 and 3 have an infinite gradient; the weights before and after them are the same."""
+    import model
+
+    calls = []
+
+    def f(x):
+        if x.requires_grad:
+            calls.append(x)
+        return x * (float("inf") if len(calls) in (3, 4, 5, 6) and x.requires_grad else 1.0)
+
+    entry = model.Pointwise("dot", f, by_length=True)
+    monkeypatch.setitem(model.POINTWISE, "PA_moody", entry)
+    args = ["--attn_type=PA_moody", "--n_layer=1", "--attn_impl=reference", "--eval_interval=1"]
+    out = run_train("--out_dir=run", *args, "--skip_nonfinite=2")
+    assert "step 2: loss nan" in out and "skipped, 2 of 2" in out
+    last = ckpt.load(tmp_path / "run" / "ckpt.pt")
+    assert last["iter_num"] == 4
+    assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {2}
+    calls.clear()
+    with pytest.raises(Failed, match="step 3 was not done"):
+        run_train("--out_dir=run2", *args, "--skip_nonfinite=1")
+
+
+def test_the_gradient_norm_is_logged_before_clipping(run_train, tmp_path):
+    run_train("--out_dir=run", "--grad_clip=1e-3", "--max_iters=1")
+    assert float(rows(tmp_path / "run")[1]["grad_norm"]) > 0.01
+
+
 def test_half_precision_trains_and_resumes_with_its_loss_scale(run_train, tmp_path):
-    args = ["--out_dir=run", "--dtype=float16", "--attn_type=GK"]
+    args = ["--out_dir=run", "--dtype=float16", "--attn_type=GK", "--lr_decay_iters=4"]
     run_train(*args, "--max_iters=2")
     assert ckpt.load(tmp_path / "run" / "ckpt.pt")["scaler"]["scale"] > 1
     run_train(*args, "--init_from=resume", "--max_iters=3")

@@ -1,0 +1,123 @@
+"""
+Where a loss or a gradient stopped being finite: the first module of a forward or backward pass that
+makes something infinite or NaN out of finite numbers.
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from model import GPT, parse_attn_type, scores
+
+
+def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> str | None:
+    """One line on the first of `batches` (inputs and targets, (B, T) each) that is not finite.
+
+    `model` is the plain one, neither compiled nor under DDP; its gradients are lost. For GKpoly-n
+    the line says how far its scores x left the range where it follows exp. None if all is finite.
+    """
+    for name, weight in model.named_parameters():
+        if not finite(weight):
+            return f"it began in the weights {name}"
+    for x, y in batches:
+        if (name := origin(model, x, y, rt)) is not None:
+            return f"it began in {name}{polynomial_range(model, x, rt)}"
+    return None
+
+
+def finite(*tensors: Tensor | None) -> bool:
+    return all(t is None or not t.is_floating_point() or t.isfinite().all() for t in tensors)
+
+
+def origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
+    found = []
+
+    def forward_hook(name):
+        def look(module, inputs, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            if not found and finite(*filter(torch.is_tensor, inputs)) and not finite(*outputs):
+                found.append(readable(name))
+
+        return look
+
+    def backward_hook(name):
+        def look(module, grad_input, grad_output):
+            if not found and finite(*grad_output) and not finite(*grad_input):
+                found.append(f"the gradient of {readable(name)}")
+
+        return look
+
+    embeddings = ("transformer.w", "transformer.drop")  # a backward hook needs an input's gradient
+    modules = [(n, m) for n, m in model.named_modules() if n and not n.startswith(embeddings)]
+    modules = [(n, m) for n, m in modules if n not in ("transformer", "transformer.h")]
+    handles = [m.register_forward_hook(forward_hook(n)) for n, m in modules]
+    try:
+        model.zero_grad()
+        with rt.autocast():
+            loss = model(x, y)[1]
+        if not found and not finite(loss):
+            found.append("the loss itself")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        handles = [m.register_full_backward_hook(backward_hook(n)) for n, m in modules]
+        try:
+            with rt.autocast():
+                loss = model(x, y)[1]
+            loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, weight in model.named_parameters():
+            if not found and not finite(weight.grad):
+                found.append(f"the gradient of {readable(name)}")
+    model.zero_grad()
+    return found[0] if found else None
+
+
+def readable(name: str) -> str:
+    """'transformer.h.3.attn' -> 'attn of layer 3'."""
+    match = re.fullmatch(r"transformer\.h\.(\d+)\.?(.*)", name)
+    return f"{match[2] or 'the sum'} of layer {match[1]}" if match else name
+
+
+@torch.no_grad()
+def polynomial_range(model: GPT, x: Tensor, rt) -> str:
+    """How far below -2^(n+1) the scores of GKpoly-n are, and in which layer; '' for others."""
+    match = re.fullmatch(r"GKpoly-(\d+)", model.config.attn_type)
+    if not match:
+        return ""
+    lowest = []
+
+    def look(module, inputs, output):
+        B, T, C = inputs[0].shape
+        q, k, _ = (
+            t.view(B, T, module.n_head, C // module.n_head).transpose(1, 2).float()
+            for t in module.c_attn(inputs[0]).split(C, dim=2)
+        )
+        variant = parse_attn_type(model.config.attn_type)
+        per_row = [
+            scores(q[b : b + 1, :, i : i + 128], k[b : b + 1, :, : i + 128], variant.score)
+            .tril(i)
+            .min()
+            for b in range(B)
+            for i in range(0, T, 128)
+        ]
+        lowest.append(torch.stack(per_row).min().item())
+
+    handles = [block.attn.register_forward_hook(look) for block in model.transformer.h]
+    try:
+        with rt.autocast():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    end = -(2 ** (int(match[1]) + 1))
+    # Layers behind the first that left the range compute with its damage
+    layer = next((i for i, value in enumerate(lowest) if not value >= end), None)
+    if layer is None:
+        return f"; all x are in the range of {match[0]}, {end} to 0"
+    return f"; x fell to {lowest[layer]:.4g} in layer {layer}, and {match[0]} needs {end} or more"
