@@ -106,8 +106,8 @@ class Saver:
             self.failed, self.retry_at = True, time.monotonic() + self.RETRY
             kept = "none yet" if self.step is None else f"that of step {self.step}"
             self.say(
-                f"checkpoint of step {step} not saved ({error.strerror}); {LATEST} is still {kept}; "
-                f"next try in {self.RETRY:.0f} s"
+                f"checkpoint of step {step} not saved ({error.strerror}); {LATEST} is still "
+                f"{kept}; next try in {self.RETRY:.0f} s"
             )
             return False
         self.step, self.failed, self.retry_at = step, False, math.inf

@@ -26,6 +26,7 @@ from configurator import UserError
 
 DATA_DIR = Path(__file__).parent / "data"
 SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
+PIECE = 2**20  # bytes; of a larger file so many are hashed at a time
 TAIL = 1024  # tokens at the end of a file that can't all be zero
 
 # What a random number is for: the last word of the generator's key
@@ -92,7 +93,7 @@ class Dataset:
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of each split's bytes; of a file larger than SCAN_LIMIT, of its size and of 1024
-        pieces of 1 MiB. Raises UserError if a whole file's is not the one in meta.json."""
+        pieces. Raises UserError if a whole file's is not the one in meta.json."""
         digests = {}
         for split, tokens in self.tokens.items():
             data = tokens.view(np.uint8)
@@ -106,8 +107,8 @@ class Dataset:
                     )
             else:
                 sha256.update(str(data.nbytes).encode())
-                for start in np.linspace(0, data.nbytes - 2**20, 1024, dtype=np.int64):
-                    sha256.update(data[start : start + 2**20])
+                for start in np.linspace(0, data.nbytes - PIECE, 1024, dtype=np.int64):
+                    sha256.update(data[start : start + PIECE])
             digests[split] = sha256.hexdigest()
         return digests
 

@@ -438,7 +438,7 @@ def train_step(
     if config.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     signals = interrupt.counts() if interrupt else [0.0, 0.0]
-    state = torch.stack([total / len(micro_steps), norm.to(total.device)]).double()
+    state = torch.stack([total / len(micro_steps), norm.to(total.device)])
     loss, norm, *signals = rt.sum(torch.cat([state, state.new_tensor(signals)]))
     loss, norm = loss / rt.world_size, norm / rt.world_size
     # With float16 a gradient that overflows is no event: the scaler skips the step and scales less

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,12 @@ def last_step(out_dir: str) -> int:
         return -1
 
 
+def stepped(out_dir: str, after: int, modulo_5: int | None = None) -> bool:
+    """Whether the log is beyond step `after`, and at a step that leaves `modulo_5`."""
+    step = last_step(out_dir)
+    return step > after and modulo_5 in (None, step % 5)
+
+
 def digest(out_dir: str) -> str:
     """SHA-256 of what a run ends with: weights, optimizer state, step and best loss."""
     checkpoint = ckpt.load(WORK / out_dir / ckpt.LATEST)
@@ -157,8 +164,7 @@ def sigkill():
     draw, inside, more = random.Random(0), 0, []
     for i in range(20):
         process = train(*args, "--out_dir=kill", *more)
-        saved = ckpt_step("kill")
-        wait_for(lambda: ckpt_step("kill", quick=True) != (saved and saved[1]), process)
+        wait_for(partial(saved_since, "kill", inode("kill")), process)
         time.sleep(draw.uniform(0, 0.3))
         if i % 2 and inside < 10:  # catch it while the temporary file is there
             for _ in range(50):
@@ -180,13 +186,16 @@ def sigkill():
     yield "inside a save", None if inside >= 8 else f"only {inside} kills were inside a save"
 
 
-def ckpt_step(out_dir: str, quick: bool = False):
-    """Something that changes with every save."""
+def inode(out_dir: str) -> int | None:
+    """Of ckpt.pt: another one after each save."""
     try:
-        stat = os.stat(WORK / out_dir / ckpt.LATEST)
+        return os.stat(WORK / out_dir / ckpt.LATEST).st_ino
     except OSError:
         return None
-    return stat.st_ino if quick else (None, stat.st_ino)
+
+
+def saved_since(out_dir: str, before: int | None) -> bool:
+    return inode(out_dir) not in (None, before)
 
 
 def interrupts():
@@ -199,21 +208,18 @@ def interrupts():
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         for place in ("step", "evaluation", "save"):
             process = train(*args, "--out_dir=stop", *more)
-            first = last_step("stop")
-            log = WORK / "stop" / "log.csv"
-            wait_for(lambda: last_step("stop") > max(first, 0), process)
+            wait_for(partial(stepped, "stop", max(last_step("stop"), 0)), process)
             if place == "save":
                 wait_for(temporary.exists, process)
             else:  # rows are written before the next step, and an evaluation's after it
-                wanted = 1 if place == "step" else 4
-                wait_for(lambda: last_step("stop") % 5 == wanted, process)
+                wait_for(partial(stepped, "stop", -1, 1 if place == "step" else 4), process)
                 time.sleep(0.01 if place == "step" else 0.13)
             before = last_step("stop")
             process.kill(number)
             got, out, err = process.end()
             checkpoint = ckpt.load(WORK / "stop" / ckpt.LATEST)
             step, name = checkpoint["iter_num"], f"{signal.Signals(number).name} in {place}"
-            if got != code or err or "go on with" not in out or not log.exists():
+            if got != code or err or "go on with" not in out:
                 yield name, f"exit code {got}: {err[-300:]}"
             elif step > before + 1 + (place == "evaluation"):
                 yield name, f"signal after step {before}, saved after step {step}"
@@ -248,7 +254,7 @@ def disk_full():
     args += ["--gradient_accumulation_steps=2"]
     finish(*args, "--out_dir=full-reference")
     process = train(*args, "--out_dir=full")
-    wait_for(lambda: ckpt_step("full", quick=True), process)
+    wait_for(lambda: inode("full"), process)
     _, hard = resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (60_000, hard))
     time.sleep(0.1)
@@ -442,7 +448,8 @@ def workers(out_dir: str) -> list[int]:
         with contextlib.suppress(OSError, StopIteration):
             command = (folder / "cmdline").read_bytes()
             environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"--out_dir={out_dir}".encode() in command.split(b"\0"):
+            ours = os.readlink(folder / "cwd") == str(WORK)
+            if ours and f"--out_dir={out_dir}".encode() in command.split(b"\0"):
                 found[next(int(v[5:]) for v in environment if v.startswith(b"RANK="))] = folder
     return [int(found[rank].name) for rank in sorted(found)]
 

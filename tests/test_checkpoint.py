@@ -71,6 +71,56 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+def test_every_cut_and_every_flipped_bit_is_noticed(tmp_path):
+    _, saved = nanogpt_checkpoint()
+    ckpt.save(saved, tmp_path)
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    end = range(len(whole) - 200, len(whole))  # where the archive ends and its seal is
+    for i in [*range(0, len(whole), 3001), *end]:
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << i % 8
+        for damaged in (flipped, whole[:i]):
+            (tmp_path / "damaged.pt").write_bytes(damaged)
+            with pytest.raises(UserError, match="damaged.pt is damaged"):
+                ckpt.load(tmp_path / "damaged.pt")
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_reason_told(tmp_path):
+    _, saved = nanogpt_checkpoint()
+    ckpt.save({**saved, "iter_num": 1}, tmp_path)
+    assert ckpt.load_newest(tmp_path)[1:] == (tmp_path / "ckpt.pt", None)
+    ckpt.save({**saved, "iter_num": 2}, tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(b"PK, and then nothing")
+    loaded, path, trouble = ckpt.load_newest(tmp_path)
+    assert loaded["iter_num"] == 1 and path.name == "previous.pt"
+    assert "ckpt.pt is damaged" in trouble and "going on from" in trouble
+    (tmp_path / "ckpt.pt").unlink()
+    assert "missing" in ckpt.load_newest(tmp_path)[2]
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="previous.pt is damaged"):
+        ckpt.load_newest(tmp_path)
+
+
+def test_a_saver_tells_a_failure_and_tries_again(tmp_path, monkeypatch):
+    _, saved = nanogpt_checkpoint()
+    said = []
+    saver = ckpt.Saver(tmp_path, said.append, None)
+    assert saver.save({**saved, "iter_num": 1}, False) and not saver.retries()
+
+    def full(obj, file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert not saver.save({**saved, "iter_num": 2}, True)
+    assert saver.failed and saver.step == 1 and not saver.retries()
+    assert "step 2 not saved (No space left on device)" in said[0] and "that of step 1" in said[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt"}
+    monkeypatch.setattr(saver, "retry_at", 0.0)
+    assert saver.retries() and saver.save({**saved, "iter_num": 3}, False)
+    assert not saver.failed and not saver.retries()
+
+
 def test_best_stays_when_the_latest_is_replaced(tmp_path):
     _, saved = nanogpt_checkpoint()
     ckpt.save({**saved, "iter_num": 1}, tmp_path, is_best=True)

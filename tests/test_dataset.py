@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import write_dataset
 
+import dataset
 from configurator import UserError
 from dataset import EVAL, TRAIN, Dataset, random_bits
 
@@ -161,3 +162,31 @@ def test_uint32_tokens_are_read(tmp_path):
     (folder / "meta.json").write_text('{"vocab_size": 100000, "dtype": "uint32"}')
     x, _ = Dataset("big", tmp_path).batch("train", TRAIN, 0, 0, 0, 2, 5)
     assert x.min() >= 99_000
+
+
+def test_a_fingerprint_tells_files_apart_and_checks_the_hash_in_meta_json(data_dir, monkeypatch):
+    whole = Dataset("abc", data_dir).fingerprint()
+    assert whole.keys() == {"train", "val"} and len(set(whole.values())) == 2
+    monkeypatch.setattr(dataset, "SCAN_LIMIT", 100)  # larger files are hashed in pieces
+    monkeypatch.setattr(dataset, "PIECE", 64)
+    pieces = Dataset("abc", data_dir).fingerprint()
+    assert pieces != whole
+    path = data_dir / "abc" / "val.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[2:] + data[:2])
+    assert Dataset("abc", data_dir).fingerprint()["val"] != pieces["val"]
+    assert Dataset("abc", data_dir).fingerprint()["train"] == pieces["train"]
+    monkeypatch.undo()
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    meta["val_sha256"] = whole["val"]
+    (data_dir / "abc" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        Dataset("abc", data_dir).fingerprint()
+
+
+def test_a_file_that_ends_in_zeros_was_not_written_to_its_end(data_dir):
+    path = data_dir / "abc" / "train.bin"
+    (data_dir / "abc" / "meta.json").unlink()  # as nanoGPT's bins have none
+    path.write_bytes(path.read_bytes() + bytes(2 * dataset.TAIL))
+    with pytest.raises(UserError, match="ends in zeros"):
+        Dataset("abc", data_dir)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -360,6 +362,54 @@ def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path,
     calls.clear()
     with pytest.raises(Failed, match="step 3 was not done"):
         run_train("--out_dir=run2", *args, "--skip_nonfinite=1")
+
+
+@pytest.mark.parametrize("place", ["train_step", "evaluate"])
+def test_an_interrupted_run_saves_and_ends_like_the_whole_one(
+    run_train, tmp_path, monkeypatch, place
+):
+    import train
+
+    args = ["--eval_interval=2", "--attn_type=GK", "--dropout=0.1"]
+    run_train("--out_dir=whole", *args)
+    calls, original = [], getattr(train, place)
+
+    def interrupted(*a, **k):
+        calls.append(place)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*a, **k)
+
+    monkeypatch.setattr(train, place, interrupted)
+    with pytest.raises(Failed) as failed:
+        run_train("--out_dir=run", *args)
+    assert failed.value.code == 143 and failed.value.stderr == ""
+    saved = ckpt.load(tmp_path / "run" / "ckpt.pt")
+    assert saved["iter_num"] == 2 and saved["evaluated"] == 0
+    run_train("--out_dir=run", *args, "--init_from=resume")
+    assert same_training_state(tmp_path / "whole", tmp_path / "run")
+    losses = [
+        {r["step"]: r["val_loss"] for r in rows(tmp_path / d) if r["val_loss"]}
+        for d in ("whole", "run")
+    ]
+    assert losses[0] == losses[1] and set(losses[0]) == {"0", "2", "4"}
+
+
+def test_after_a_restart_by_torchrun_the_run_goes_on_whatever_init_from_was(
+    run, run_train, tmp_path, monkeypatch, data_dir
+):
+    run_train("--out_dir=source")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    tune = ["--init_from=finetune", "--out_dir=source", "--attn_type=PA_relu", "--eval_interval=1"]
+    tune += [f"--data_dir={data_dir}", "--lr_decay_iters=4", "--max_iters=4"]
+    run("train", *tune, "--max_iters=2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = run("train", *tune)
+    assert "restarted: going on with source-finetune-PA_relu" in out and "step 2:" not in out
+    assert ckpt.load(tmp_path / "source-finetune-PA_relu" / "ckpt.pt")["iter_num"] == 4
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")  # another launch starts anew
+    out = run("train", *tune)
+    assert "moved to source-finetune-PA_relu.1" in out and "restarted" not in out
 
 
 def test_the_gradient_norm_is_logged_before_clipping(run_train, tmp_path):

@@ -1,0 +1,68 @@
+"""runtime.py: signals as flags, and what several ranks share."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, subprocess_run
+
+from configurator import UserError
+from runtime import Interrupt, Runtime, lost_rank
+
+
+@pytest.mark.parametrize(
+    "number, counts", [(signal.SIGTERM, [1.0, 0.0]), (signal.SIGINT, [0.0, 1.0])]
+)
+def test_a_signal_is_a_flag_while_the_context_is_open(number, counts):
+    before = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        assert interrupt.counts() == [0.0, 0.0]
+        os.kill(os.getpid(), number)
+        assert interrupt.counts() == counts
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = "import os, runtime\nwith runtime.Interrupt():\n    while True: os.kill(os.getpid(), 15)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert done.returncode == 143
+
+
+def test_micro_steps_are_shared_in_order_and_without_rest():
+    ranks = [Runtime("cpu", "float32", False, rank, 4) for rank in range(4)]
+    assert [i for rt in ranks for i in rt.share(10)] == list(range(10))
+
+
+def test_one_process_needs_no_process_group():
+    rt = Runtime("cpu", "float32", False)
+    assert rt.sum([1.5, 2.0]) == [1.5, 2.0] and rt.sum(torch.ones(2)) == [1.0, 1.0]
+    assert rt.from_main(lambda: 7) == 7 and rt.gather("a") == ["a"]
+    with pytest.raises(UserError):
+        rt.from_main(lambda: (_ for _ in ()).throw(UserError("told")))
+
+
+def test_ranks_share_what_the_main_one_has_and_its_errors(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import torch, configurator, runtime\n"
+        "rt = runtime.start('cpu', None, None)\n"
+        "assert rt.sum([1.0, rt.rank]) == [2.0, 1.0]\n"
+        "assert rt.from_main(lambda: {'rank': rt.rank}) == {'rank': 0}\n"
+        "assert rt.gather(f'rank {rt.rank}') == ['rank 0', 'rank 1']\n"
+        "t = torch.tensor([rt.rank + 5.0]); rt.broadcast([t]); assert t.item() == 5\n"
+        "def fail(): raise configurator.UserError('told once')\n"
+        "configurator.run(lambda: rt.from_main(fail))\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess_run(*torchrun, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stderr.count("error: told once") == 1 and "AssertionError" not in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_lost_rank_is_told_from_other_errors():
+    assert lost_rank(RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"))
+    assert lost_rank(RuntimeError("Timed out waiting 600000ms for recv"))
+    assert not lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
