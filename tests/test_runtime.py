@@ -54,7 +54,10 @@ def test_ranks_share_what_the_main_one_has_and_its_errors(tmp_path):
         "assert rt.gather(f'rank {rt.rank}') == ['rank 0', 'rank 1']\n"
         "t = torch.tensor([rt.rank + 5.0]); rt.broadcast([t]); assert t.item() == 5\n"
         "def fail(): raise configurator.UserError('told once')\n"
-        "configurator.run(lambda: rt.from_main(fail))\n"
+        "def main():\n"
+        "    try: rt.from_main(fail)\n"
+        "    finally: rt.close()\n"
+        "configurator.run(main)\n"
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     done = subprocess_run(*torchrun, env={**os.environ, "PYTHONPATH": str(ROOT)})
