@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
 from model import GPT, GPTConfig
@@ -210,6 +211,15 @@ def load(path: Path) -> dict:
     return checkpoint
 
 
+class WithoutRandomWeights(TorchFunctionMode):
+    """A model built in this context is not initialised: its weights are about to be overwritten."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
 def config_of(checkpoint: dict, path: Path, **overrides) -> GPTConfig:
     """The GPTConfig that a checkpoint's model_args and `overrides` describe."""
     try:
@@ -224,7 +234,7 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
     if n_layer != config.n_layer:
         raise UserError(f"{path} has {n_layer} layers, but its model_args say {config.n_layer}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutRandomWeights():
             expected = GPT(config).state_dict()
     except RuntimeError as error:  # sizes beyond all storage
         raise UserError(f"{path} describes a model that can't be built: {error}") from error
@@ -242,9 +252,10 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
     """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type.
 
-    Weights that the checkpoint came without (see train.read_config) are as initialised.
+    A checkpoint without weights (see train.read_config) gives a model with any: DDP brings them.
     """
-    model = GPT(config_of(checkpoint, path, **overrides))
+    with WithoutRandomWeights():
+        model = GPT(config_of(checkpoint, path, **overrides))
     if "model" in checkpoint:
         model.load_state_dict(checkpoint["model"])
     return model

@@ -136,7 +136,8 @@ RULES = [
         lambda v: v >= 1,
         "must be at least 1",
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
-        "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T",
+        "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T "
+        "window_stride sample_batch",
     ),
     (
         lambda v: v >= 0,
@@ -145,6 +146,7 @@ RULES = [
         "pa_length_power temperature seed warmup skip_nonfinite",
     ),
     (lambda v: v < 8, "must be below 8", "pa_length_power"),
+    (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p"),
     (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
     (
         lambda v: v in ("float32", "bfloat16", "float16"),

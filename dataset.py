@@ -30,7 +30,7 @@ PIECE = 2**20  # bytes; of a larger file so many are hashed at a time
 TAIL = 1024  # tokens at the end of a file that can't all be zero
 
 # What a random number is for: the last word of the generator's key
-TRAIN, EVAL, DROPOUT = range(3)
+TRAIN, EVAL, DROPOUT, SAMPLE = range(4)
 
 
 def random_bits(seed: int, purpose: int, step: int, micro_step: int, n: int) -> np.ndarray:

@@ -102,26 +102,55 @@ def scores(q: Tensor, k: Tensor, score: str) -> Tensor:
     return x
 
 
+def hide(x: Tensor, visible: Tensor | None) -> Tensor:
+    """x (B, nh, t, T) with zeros where query i must not see key j.
+
+    The t queries are the last t of T tokens, so the diagonal ends in the last corner; or `visible`,
+    bool (B, 1, t, T), says what each may see.
+    """
+    if visible is not None:
+        return x.masked_fill(~visible, 0)
+    t, T = x.shape[-2:]
+    return x.tril(T - t) if t > 1 else x
+
+
 def pointwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: Pointwise,
+    divisor: float,
+    dropout: float = 0.0,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
 
-    Scores and weights are at least float32, whatever autocast asks for: a distance between
-    half-precision vectors is a small difference of large numbers.
+    q may have fewer tokens than k and v, see `hide`. Scores and weights are at least float32,
+    whatever autocast asks for: a distance between half-precision vectors is a small difference of
+    large numbers.
     """
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
         x = scores(q.to(wide), k.to(wide), variant.score)
         # The mask comes after f, as zeros. Scores that it hides are set to 0 as well: an overflow
         # among them (GKpoly far out of range) would come back as 0 * inf in the gradient.
-        A = variant.f(x.tril()).tril() / divisor
-        return (F.dropout(A, dropout) @ v.to(wide)).to(v.dtype)
+        A = hide(variant.f(hide(x, visible)), visible) / divisor
+        A = F.dropout(A, dropout) if dropout else A
+        return (A @ v.to(wide)).to(v.dtype)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal softmax attention by torch's fused kernels: (B, nh, T, hs) x 3 -> (B, nh, T, hs)."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, visible: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention by torch's fused kernels: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
+
+    q may have fewer tokens than k and v, see `hide`.
+    """
+    t, T = q.size(2), k.size(2)
+    if visible is None and 1 < t < T:
+        visible = torch.ones(t, T, dtype=torch.bool, device=q.device).tril(T - t)
+    causal = visible is None and t > 1
+    return F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=causal)
 
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise", "triton")
@@ -158,7 +187,6 @@ def triton_refusal(attn_type, head_size, dtype, device, dropout) -> str | None:
     return triton_kernels.supports(attn_type, head_size, dtype, device)
 
 
-@torch.compiler.assume_constant_result
 def choose(impl: str, attn_type: str, *where, dropout: float = 0.0) -> str:
     """The implementation that `impl` means `where` = (head_size, dtype, device). Raises ValueError
     if it can't run there."""
@@ -172,10 +200,15 @@ def choose(impl: str, attn_type: str, *where, dropout: float = 0.0) -> str:
     return impl
 
 
+# What torch.compiler.assume_constant_result sets; to call it imports the compiler, for a second
+choose._dynamo_marked_constant = True
+
+
 def attention(
     attn_type: str, block_size: int, pa_length_power: float = 1.0, impl: str = "auto"
 ) -> Callable[..., Tensor]:
-    """The causal attention that `attn_type` names, as a callable (q, k, v, dropout=0.0) -> y.
+    """The causal attention that `attn_type` names, as a callable
+    (q, k, v, dropout=0.0, visible=None) -> y, for the last two of which see `hide`.
 
     `block_size` is L, the length that the model was trained with: PA_f divides by
     L ** pa_length_power, never by the length of the present input, so that a row does not depend
@@ -189,7 +222,9 @@ def attention(
     divisor = float(block_size) ** pa_length_power if variant.by_length else 1.0
     blockwise = kernels.blockwise(attn_type, variant, divisor)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    def attend(q, k, v, dropout=0.0, visible=None):
+        if visible is not None or q.size(2) != k.size(2):  # a few queries, of tokens one by one
+            return pointwise_attention(q, k, v, variant, divisor, dropout, visible)
         chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout=dropout)
         if chosen == "triton":
             import triton_kernels
@@ -276,13 +311,17 @@ class CausalSelfAttention(nn.Module):
         L = config.pa_length or config.block_size
         self.attend = attention(config.attn_type, L, config.pa_length_power, config.attn_impl)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         B, T, C = x.size()
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs), no copy
             for t in self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
         )
-        y = self.attend(q, k, v, dropout=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        visible = None
+        if past is not None:
+            k, v, visible = past.extend(k, v)  # of all tokens so far
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, dropout, visible)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -307,8 +346,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -354,13 +393,7 @@ class GPT(nn.Module):
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
-        pos = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
-
+        x = self.hidden(idx, torch.arange(T, device=idx.device))
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         x, targets = x.view(B * T, -1), targets.reshape(-1)
@@ -369,6 +402,17 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B T, V)
         cross_entropy = F.cross_entropy(logits, targets, ignore_index=-1)
         return logits.view(B, T, -1) if with_logits else None, cross_entropy
+
+    def hidden(self, idx: Tensor, pos: Tensor, cache=None) -> Tensor:
+        """What the last layer reads, (B, T, C), for ids (B, T) at positions (T,) or (B, T).
+
+        With a `cache` (generation.KVCache) the tokens follow those that it holds, and join them.
+        """
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache.layer(i))
+        return self.transformer.ln_f(x)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters. The position embeddings are left out by default; the token
@@ -507,27 +551,18 @@ class GPT(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        vocab_size: int | None = None,
+        **options,
     ) -> Tensor:
         """Append `max_new_tokens` drawn tokens to idx: (B, T) -> (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token. Ids from `vocab_size` on are never drawn: pass the
-        tokenizer's size where the model's vocabulary is padded. Call `eval()` first.
+        temperature 0 takes the likeliest token. For the other options see generation.stream, which
+        does the work. Call `eval()` first.
         """
-        for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size :]  # the latest tokens that fit
-            logits, _ = self(context)
-            logits = logits[:, -1, :vocab_size].float()  # (B, V)
-            if temperature == 0:
-                idx_next = logits.argmax(-1, keepdim=True)  # (B, 1)
-            else:
-                logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-                if top_k is not None:
-                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth, -float("inf"))
-                idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
-            idx = torch.cat((idx, idx_next), dim=1)
-        return idx
+        from generation import stream
+
+        prompts = list(idx)
+        drawn = stream(self, prompts, 1, max_new_tokens, temperature, top_k, **options)
+        return torch.cat((idx, *(ids[:, None] for ids in drawn)), dim=1)
 
 
 # Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets (fp16 for V100 and T4).

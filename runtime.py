@@ -70,6 +70,9 @@ class Runtime:
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model to train: compiled if asked for, and under DDP if there are several ranks."""
         if self.compile:
+            if self.device_type == "cpu":  # or an embedding's gradient is summed in any order
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                torch.utils.deterministic.fill_uninitialized_memory = False
             model = torch.compile(model)
         if self.world_size > 1:
             devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
@@ -203,9 +206,6 @@ def start(
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = dtype or ("bfloat16" if has_bf16 else "float16")
         compile = True if compile is None else compile
-    else:  # a compiled embedding's gradient would be summed in any order; equal runs must be equal
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     if world_size > 1:
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
         own = torch.device(device) if backend == "nccl" else None

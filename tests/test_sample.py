@@ -1,12 +1,16 @@
 """sample.py: text from a checkpoint alone, from GPT-2's files, and prompts it can't use."""
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT, Failed, subprocess_run
 
 import checkpoint as ckpt
 import sample
+from configurator import UserError
 from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
 
 SHORT = ["--num_samples=2", "--max_new_tokens=30", "--device=cpu", "--dtype=float32"]
 
@@ -62,7 +66,7 @@ def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)).eval()
-    texts = sample.generate(model, Tokenizer(), "a", num_samples=20, max_new_tokens=20)
+    texts = sample.generate(model, Tokenizer(), ["a"], num_samples=20, max_new_tokens=20)
     assert len(texts) == 20 and all(len(text) == 21 for text in texts)
 
 
@@ -102,7 +106,12 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
     [
         (["--out_dir=nowhere"], "no checkpoint nowhere"),
         (["--start=Q"], "'Q'"),
-        (["--start="], "prompt is empty"),
+        (["--start=LINES:empty.txt"], "no prompt in it"),
+        (["--start=FILES:nowhere/"], "no prompt in it"),
+        (["--top_p=0"], "top_p"),
+        (["--top_p=1.5"], "top_p"),
+        (["--window_stride=0"], "window_stride"),
+        (["--out=texts.csv"], "must end in .txt or .jsonl"),
         (["--start=FILE:nothing.txt"], "nothing.txt"),
         (["--start=FILE:latin.txt"], "UTF-8"),
         (["--temperature=-1"], "temperature"),
@@ -114,9 +123,81 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
 )
 def test_what_can_not_be_sampled_is_one_line(run, trained, tmp_path, args, said):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(Failed, match=said) as failed:
         run("sample", "--out_dir=run", *SHORT, *args)
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+def test_a_prompt_per_line_or_per_file_gives_what_each_gives_alone(run, trained, tmp_path):
+    prompts = ["the cat", "a", "the dog sat on"]
+    (tmp_path / "lines.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "files").mkdir()
+    for i, prompt in enumerate(prompts):
+        (tmp_path / "files" / f"{i}.txt").write_text(prompt)
+    alone = "".join(run("sample", "--out_dir=run", f"--start={p}", *SHORT) for p in prompts)
+    assert alone == run("sample", "--out_dir=run", "--start=LINES:lines.txt", *SHORT)
+    assert alone == run("sample", "--out_dir=run", "--start=FILES:files/", *SHORT)
+    small = "--sample_batch=1"
+    assert alone == run("sample", "--out_dir=run", "--start=LINES:lines.txt", *SHORT, small)
+
+
+def test_texts_go_to_a_file(run, trained, tmp_path):
+    out = run("sample", "--out_dir=run", "--start=the", *SHORT)
+    assert run("sample", "--out_dir=run", "--start=the", "--out=a.txt", *SHORT) == ""
+    assert (tmp_path / "a.txt").read_text() == out
+    run("sample", "--out_dir=run", "--start=the", "--out=a.jsonl", *SHORT)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1] and rows[0]["prompt"] == "the"
+    assert "".join(row["text"] + "\n---------------\n" for row in rows) == out
+
+
+def test_a_text_ends_before_the_stop(run, trained):
+    whole = run("sample", "--out_dir=run", "--start=the", *SHORT).split("\n-")[0]
+    stop = whole[10:12]
+    first = whole.index(stop, 3)
+    out = run("sample", "--out_dir=run", "--start=the", f"--stop={stop}", *SHORT)
+    assert out.split("\n-")[0] == whole[:first]
+
+
+def test_stdout_holds_the_text_alone(trained, tmp_path):
+    args = ["--out_dir", "--start=the", "--num_samples=1", "--max_new_tokens=40", "--device=cpu"]
+    args[0] = f"--out_dir={trained}"
+    done = subprocess_run(ROOT / "sample.py", *args)
+    assert done.stdout.startswith("the") and done.stdout.endswith("\n---------------\n")
+    assert len(done.stdout.removesuffix("\n---------------\n")) == 43
+    assert "40 tokens" in done.stderr and "tokens/s" in done.stderr
+    args[1] = "--start=" + "the cat " * 4
+    told = subprocess_run(ROOT / "sample.py", *args).stderr
+    assert told.count("32 tokens: only the last 16") == 1
+
+
+def test_live_text_comes_in_whole_characters_and_ends_before_the_stop(capsys):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", "replace")
+
+    def shown(text, stop=None):
+        live = sample.Live(Bytes(), stop)
+        parts = []
+        for byte in text.encode():
+            live(torch.tensor([byte]))
+            parts.append(capsys.readouterr().out)
+        live.end()
+        return [part for part in [*parts, capsys.readouterr().out] if part]
+
+    assert shown("aé€🙂b") == ["a", "é", "€", "🙂", "b"]
+    assert "".join(shown("one END two", stop="END")) == "one "
+    assert shown("an ENtry", stop="END") == ["a", "n", " ", "ENt", "r", "y"]
+    assert "".join(shown("to the EN", stop="END")) == "to the EN"
+
+
+def test_an_empty_prompt_is_what_a_document_begins_with():
+    newline, none = CharTokenizer("\nab"), CharTokenizer("ab")
+    assert list(sample.encode(newline, "")) == [0]
+    assert list(sample.encode(type("BPE", (), {"eot": 50256})(), "")) == [50256]
+    with pytest.raises(UserError, match="empty"):
+        sample.encode(none, "")
 
 
 def test_gpt2_without_its_tokenizer_says_where_it_looks(tmp_path):
@@ -140,9 +221,9 @@ def test_importing_the_scripts_prints_nothing_and_loads_no_optional_package():
 
 
 def test_load_and_generate_serve_a_notebook(trained):
-    model, tokenizer = sample.load(sample.Config(out_dir=str(trained)))
+    model, tokenizer = sample.load(trained)
     assert not model.training
-    (text,) = sample.generate(model, tokenizer, "the ", max_new_tokens=5)
+    (text,) = sample.generate(model, tokenizer, ["the "], max_new_tokens=5)
     assert text.startswith("the ") and len(text) == 9
 
 
