@@ -5,13 +5,13 @@ Speed: of a training step (the very step of train.py), and of attention alone.
     python bench.py config/train_11.py --real_data                   # on its own data
     python bench.py config/train_gpt2.py --attn_type=PA_relu --profile
     python bench.py --table=attention --out=bench.json               # one table, or
-    python bench.py --table=all --out=bench.json                     # all three
+    python bench.py --table=all --out=bench.json                     # all four
     python bench.py --nanogpt=DIR --attn_type=SM                     # beside a clone of nanoGPT
 
 The tables: `attention` is every attn_type alone, each implementation beside softmax, against T;
 `types` a training step for every attn_type; `lengths` the step against T, at a constant number of
-tokens. What stands in one table was measured in turn, round by round, in one process: trust its
-ratios. Times are medians.
+tokens; `sampling` text drawn for every attn_type, one text and several at a time. What stands in
+one table was measured in turn, round by round, in one process: trust its ratios. Times are medians.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ from dataset import TRAIN, Dataset
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
 from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
 
-TABLES = ("attention", "types", "lengths")
+TABLES = ("attention", "types", "lengths", "sampling")
 
 
 @dataclass
@@ -50,7 +50,9 @@ class BenchConfig(Config):
     steps: int = 10  # rounds that are
     profile: bool = False  # print the costliest operations, and write trace.json to out_dir
     nanogpt: str | None = None  # a clone of nanoGPT, whose step is measured too (its code is run)
-    table: str = "step"  # step (this configuration), attention, types, lengths, or all
+    table: str = "step"  # step (this configuration), attention, types, lengths, sampling, or all
+    max_new_tokens: int = 200  # of a text, for the table of sampling
+    num_samples: int = 10  # texts at a time, likewise
     attn_types: str | None = None  # for the tables, e.g. SM,GK,PA_relu; auto: all there are
     min_T: int = 256  # shortest sequence of the tables; they go up by factors of 4
     max_T: int = 16384  # longest
@@ -246,6 +248,36 @@ def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
     return rows
 
 
+def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+    """Text drawn from random weights after a prompt of one token, by one and by several rows.
+    nanoGPT draws one text after the other."""
+    shape = {key: getattr(config, key) for key in ARCHITECTURE} | {"vocab_size": config.vocab_size}
+    group, runs = [], []
+    entrants = [("nanoGPT", load_nanogpt(config.nanogpt))] if config.nanogpt else []
+    for name, peer in [*entrants, *((t, None) for t in attn_types)]:
+        with redirect_stdout(io.StringIO()):
+            if peer is not None:
+                model = peer.GPT(peer.GPTConfig(**shape, dropout=0.0))
+            else:
+                model = GPT(GPTConfig(**shape, **overrides_of(replace(config, attn_type=name))))
+        model.to(rt.device, getattr(torch, rt.dtype)).eval()
+        options = {} if peer is not None else {"compile": rt.compile}
+        for samples in (1,) if peer is not None else (1, config.num_samples):
+            prompt = torch.zeros(samples, 1, dtype=torch.long, device=rt.device)
+            group.append({"attn_type": name, "samples": samples})
+            draw = partial(model.generate, prompt, config.max_new_tokens, 0.8, 200, **options)
+            runs.append(torch.no_grad()(draw))
+    for row, seconds in zip(group, interleave(runs, config, rt), strict=True):
+        tokens = row["samples"] * config.max_new_tokens
+        row |= {
+            "tokens_per_s": tokens / seconds,
+            "ms_per_step": 1000 * seconds * row["samples"] / tokens,
+        }
+    for row in group:
+        row["times_first"] = row["tokens_per_s"] / group[0]["tokens_per_s"]
+    return group
+
+
 def lengths(config: BenchConfig) -> list[int]:
     return [T for T in (config.min_T * 4**i for i in range(20)) if T <= config.max_T]
 
@@ -323,6 +355,7 @@ def main() -> None:
         if rt.is_main:
             show(f"training step, {shape}", results["step"])
     makers = {"attention": attention_table, "types": types_table, "lengths": lengths_table}
+    makers["sampling"] = sampling_table
     for name in TABLES if config.table == "all" else [config.table]:
         if name in makers:
             results[name] = makers[name](config, attn_types, rt)

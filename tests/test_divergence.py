@@ -49,7 +49,7 @@ def test_of_several_micro_steps_the_bad_one_is_found():
     model, x = tiny()
     attn = model.transformer.h[1].attn
     attend = attn.attend
-    attn.attend = lambda q, k, v, dropout: attend(q, k, v) / (len(q) != 3)  # three are too many
+    attn.attend = lambda q, k, v, *_: attend(q, k, v) / (len(q) != 3)  # three are too many
     assert where_it_began(model, [(x, x)], RT) is None
     three = torch.randint(11, (3, 16))
     assert where_it_began(model, [(x, x), (three, three)], RT) == "it began in attn of layer 1"
@@ -70,6 +70,6 @@ def test_a_gradient_is_named_when_the_loss_is_finite(monkeypatch, layer):
     model, x = tiny("PA_id")
     attn = model.transformer.h[layer].attn
     attend = attn.attend
-    attn.attend = lambda q, k, v, dropout: attend(Bad.apply(q), k, v, dropout)
+    attn.attend = lambda q, k, v, *_: attend(Bad.apply(q), k, v)
     told = where_it_began(model, [(x, x)], RT)
     assert told == f"it began in the gradient of attn of layer {layer}"
