@@ -480,11 +480,11 @@ def evaluate(model, data: Dataset, rt, config: Config, interrupt=None) -> tuple[
 
 def main() -> None:
     given = configurator.parse(Config, sys.argv[1:])
-    first = Config(**given)
-    check(first)
+    config = Config(**given)
+    check(config)
     with ExitStack() as stack:
         interrupt = stack.enter_context(runtime.Interrupt())
-        rt = runtime.start(first.device, first.dtype, first.compile, first.backend)
+        rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
         stack.callback(rt.close)
         try:
             code = train(given, rt, interrupt, stack)
