@@ -154,6 +154,7 @@ RULES = [
         "dtype",
     ),
     (lambda v: v < 2**63, "must be below 2^63", "seed"),
+    (lambda v: v in ("nccl", "gloo"), "must be nccl, gloo or auto", "backend"),
 ]
 
 

@@ -116,7 +116,8 @@ class Dataset:
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(
                 f"{self.folder / split}.bin holds token id {largest}, but vocab_size is "
-                f"{self.vocab_size}; prepare it again with  {self.repair}"
+                f"{self.vocab_size}; prepare it again with  {self.repair}",
+                this_rank=True,  # another rank's batch may be whole
             )
 
     def check_length(self, block_size: int) -> None:

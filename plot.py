@@ -47,7 +47,7 @@ def new_figure(columns: int, title: str):
 def save(figure, folder: Path, name: str) -> None:
     figure.tight_layout()
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{suffix}", dpi=120)
+        figure.savefig(folder / f"{name}.{suffix}", dpi=120, bbox_inches="tight")
     print(f"{folder / name}.png and .svg")
 
 
@@ -90,9 +90,11 @@ def plot_bench(files: list[str], to: Path) -> None:
             raise UserError(f"{name} is no file of bench.py --out: {error}") from error
         if "attention" in results:
             rows = results["attention"]
-            figure, axes = new_figure(2, f"Attention alone against sequence length ({machine})")
-            lines(axes[0], rows, "fwd_bwd_ms", "forward + backward (ms)")
+            title = f"Attention alone: dots are fused, crosses the plain formula ({machine})"
+            figure, axes = new_figure(2, title)
+            lines(axes[0], rows, "times_SDPA", "forward + backward (time of SM = 1)")
             lines(axes[1], rows, "peak_MiB", "peak memory (MiB)")
+            legend_beside(figure, axes[0])
             save(figure, to, "bench-attention")
         if "types" in results:
             rows = results["types"]
@@ -108,6 +110,7 @@ def plot_bench(files: list[str], to: Path) -> None:
         if "lengths" in results:
             figure, (axis,) = new_figure(1, f"Training step against sequence length ({machine})")
             lines(axis, results["lengths"], "tokens_per_s", "tokens/s")
+            legend_beside(figure, axis)
             save(figure, to, "bench-lengths")
 
 
@@ -116,17 +119,23 @@ def lines(axis, rows: list[dict], column: str, label: str) -> None:
     looks = look_of([row["attn_type"] for row in rows])
     for key in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
         mine = [r for r in rows if (r["attn_type"], r.get("impl")) == key and r[column]]
-        if not mine:
-            continue
-        reference = {"alpha": 0.35, "marker": "x"} if key[1] == "reference" else {"marker": "o"}
-        name = f"{key[0]} {key[1] or ''}".strip()
-        look = {**looks[key[0]], **reference}
-        axis.plot([r["T"] for r in mine], [r[column] for r in mine], label=name, **look)
+        name, impl = key
+        if impl == "reference" and name != "SM":
+            look = looks[name] | {"alpha": 0.4, "marker": "x", "linewidth": 0.8}
+        else:
+            look = looks[name] | {"marker": "o", "markersize": 4, "label": name}
+        axis.plot([r["T"] for r in mine], [r[column] for r in mine], **look)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("sequence length T (tokens)")
     axis.set_ylabel(label)
-    axis.legend(frameon=False, fontsize=7)
+
+
+def legend_beside(figure, axis) -> None:
+    """One legend for all panels, to their right."""
+    handles, names = axis.get_legend_handles_labels()
+    kwargs = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 8}
+    figure.legend(handles, names, **kwargs)
 
 
 PLOTS = {"loss": plot_loss, "bench": plot_bench}

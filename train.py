@@ -383,23 +383,20 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 class Batches:
-    """The batches of this rank in the order of training, from `first_step` on: iterate over `take`.
+    """The batches of this rank, one step after the other, each loaded while the device is busy.
 
-    load(step, micro_step) gives inputs and targets, (B, T) each, on the device. One batch is loaded
-    ahead: `load_next`, called when the device has work to do, makes the next `take` free.
+    `load(step, micro_step)` gives inputs and targets (B, T) on the device. `next` is the batch to
+    use now; `advance`, called when the device has been given work, loads the one after it.
     """
 
     def __init__(self, load: Callable, micro_steps: range, first_step: int, last_step: int):
         self.load = load
         self.order = ((s, m) for s in range(first_step, last_step) for m in micro_steps)
-        self.load_next()
+        self.advance()
 
-    def load_next(self) -> None:
+    def advance(self) -> None:
         key = next(self.order, None)
-        self.ahead = None if key is None else self.load(*key)
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.ahead
+        self.next = None if key is None else self.load(*key)
 
 
 def train_step(
@@ -417,7 +414,7 @@ def train_step(
     first_half = None
     total = 0.0
     for i, micro_step in enumerate(micro_steps):
-        x, y = batches.take()
+        x, y = batches.next
         if config.dropout > 0:
             torch.manual_seed(dropout_seed(config.seed, step, micro_step))
         if i == half > 1:
@@ -429,7 +426,7 @@ def train_step(
                 _, loss = model(x, y, with_logits=False)
             scaler.scale(loss / len(micro_steps)).backward()
         total += loss.detach()
-        batches.load_next()
+        batches.advance()
     for p, grad in zip(parameters, first_half or (), strict=False):
         p.grad.add_(grad)
 
@@ -483,11 +480,10 @@ def main() -> None:
     config = Config(**given)
     check(config)
     with ExitStack() as stack:
-        interrupt = stack.enter_context(runtime.Interrupt())
         rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
         stack.callback(rt.close)
         try:
-            code = train(given, rt, interrupt, stack)
+            code = train(given, rt, stack)
         except (MemoryError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -502,7 +498,7 @@ def main() -> None:
         sys.exit(code)
 
 
-def train(given: dict, rt: runtime.Runtime, interrupt: runtime.Interrupt, stack: ExitStack) -> int:
+def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     """The whole run; returns the exit code. What has to be closed at its end goes on the stack."""
     given = after_restart(given, rt)
     config, source, source_path = read_config(given, rt)
@@ -523,6 +519,8 @@ def train(given: dict, rt: runtime.Runtime, interrupt: runtime.Interrupt, stack:
         f"{raw_model.get_num_params():,} parameters, {tokens_per_step:,} tokens per step, "
         f"data set {data.name}"
     )
+    # Until here a signal ends the process, from here on it waits for the end of a step
+    interrupt = stack.enter_context(runtime.Interrupt())
     if config.eval_only:
         losses, signals = evaluate(eval_model, data, rt, config, interrupt)
         if not any(signals):
