@@ -2,8 +2,9 @@
 Checkpoints: a save that is whole or not there, a read that notices damage and runs nothing.
 
 The format is nanoGPT's: torch.save of a dict of model (state dict), optimizer, model_args, iter_num
-(updates done), best_val_loss and config, to which we add tokenizer, scaler and data. On the disk it
-is a zip archive, whose comment we use for the SHA-256 of all before it; nanoGPT reads it as ever.
+(updates done), best_val_loss and config, to which we add tokenizer, scaler, data (fingerprints) and
+evaluated (the step evaluated last). On the disk it is a zip archive, whose comment we use for the
+SHA-256 of all before it; nanoGPT reads it as ever.
 
 A folder holds ckpt.pt, the latest, previous.pt, the one before, and best.pt, that of the lowest
 validation loss; two names may mean the same bytes. A checkpoint is written to a temporary name,
@@ -18,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,7 +55,8 @@ def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
         raise
     if os.name == "posix":
         directory = os.open(folder, os.O_RDONLY)
-        os.fsync(directory)  # the renames too are on the disk now
+        with suppress(OSError):  # some network file systems can't
+            os.fsync(directory)  # the renames too are on the disk now
         os.close(directory)
 
 
@@ -105,10 +108,10 @@ class Saver:
             save(checkpoint, self.folder, is_best)
         except OSError as error:
             self.failed, self.retry_at = True, time.monotonic() + self.RETRY
-            kept = "none yet" if self.step is None else f"that of step {self.step}"
+            kept = "there is none yet" if self.step is None else f"the last is of step {self.step}"
             self.say(
-                f"checkpoint of step {step} not saved ({error.strerror}); {LATEST} is still "
-                f"{kept}; next try in {self.RETRY:.0f} s"
+                f"checkpoint of step {step} not saved ({error.strerror}); {kept}; "
+                f"next try in {self.RETRY:.0f} s"
             )
             return False
         self.step, self.failed, self.retry_at = step, False, math.inf
@@ -163,29 +166,34 @@ def check_seal(path: Path) -> None:
 # Read
 
 
+class Damaged(UserError):
+    """A file that is not what was written."""
+
+
 def load_newest(folder: Path) -> tuple[dict, Path, str | None]:
     """The newest whole checkpoint of a run, its path, and a line about a damaged one passed over.
 
     Raises UserError if there is none.
     """
     path, older = folder / LATEST, folder / PREVIOUS
+    if not os.path.isfile(path) and os.path.isfile(older):
+        return load(older), older, f"{path} is missing; going on from {older}"
     try:
         return load(path), path, None
-    except UserError as error:
-        if not older.exists():
+    except Damaged as trouble:
+        if not os.path.isfile(older):
             raise
-        trouble = error if path.exists() else f"{path} is missing"
-    return load(older), older, f"{trouble}; going on from {older}"
+        return load(older), older, f"{trouble}; going on from {older}"
 
 
 def load(path: Path) -> dict:
     """Read a checkpoint of this project or of nanoGPT onto the CPU.
 
     Its state dict comes back without the prefixes that torch.compile and DDP leave, checked against
-    the shapes that model_args promise. Raises UserError if the file is missing, damaged, holds
-    anything but plain data and tensors, or contradicts itself.
+    the shapes that model_args promise. Raises UserError if the file is missing, can't be read,
+    holds anything but plain data and tensors, or contradicts itself; Damaged if it is.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
         check_seal(path)
@@ -195,8 +203,12 @@ def load(path: Path) -> dict:
         raise UserError(
             f"{path} holds more than plain data, and is not loaded: {reason}"
         ) from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} is damaged or not a checkpoint: {error}") from error
+        raise Damaged(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
 

@@ -50,30 +50,26 @@ def origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
         return look
 
     embeddings = ("transformer.w", "transformer.drop")  # a backward hook needs an input's gradient
-    modules = [(n, m) for n, m in model.named_modules() if n and not n.startswith(embeddings)]
-    modules = [(n, m) for n, m in modules if n not in ("transformer", "transformer.h")]
-    handles = [m.register_forward_hook(forward_hook(n)) for n, m in modules]
+    handles = []
+    for name, module in model.named_modules():
+        if name in ("", "transformer", "transformer.h") or name.startswith(embeddings):
+            continue
+        handles.append(module.register_forward_hook(forward_hook(name)))
+        handles.append(module.register_full_backward_hook(backward_hook(name)))
+    model.zero_grad()
     try:
-        model.zero_grad()
         with rt.autocast():
             loss = model(x, y)[1]
         if not found and not finite(loss):
             found.append("the loss itself")
+        if not found:
+            loss.backward()
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        handles = [m.register_full_backward_hook(backward_hook(n)) for n, m in modules]
-        try:
-            with rt.autocast():
-                loss = model(x, y)[1]
-            loss.backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, weight in model.named_parameters():
-            if not found and not finite(weight.grad):
-                found.append(f"the gradient of {readable(name)}")
+    for name, weight in model.named_parameters():
+        if not found and not finite(weight.grad):
+            found.append(f"the gradient of {readable(name)}")
     model.zero_grad()
     return found[0] if found else None
 

@@ -6,7 +6,7 @@ holds several such tensors. Here they come a chunk of positions at a time:
 
     logits = x W^T,   lse_i = log sum_v exp(logits[i, v]),   n targets that are not -1
     loss = sum_i (lse_i - logits[i, target_i]) / n
-    G = (softmax(logits) - onehot(target)) / n,   dx = G W,   dW = sum over the chunks of G^T x
+    G = softmax(logits) - onehot(target),   dx = G W / n,   dW = sum over the chunks of G^T x / n
 
 The gradients are made in forward already, where the chunk is at hand: the loss is the last thing
 that a model computes, so that backward only multiplies them by a number.
@@ -65,10 +65,10 @@ def _linear_cross_entropy(
             if gradients:
                 G, at = log_p.exp_(), target.clamp(min=0)[:, None]
                 G.scatter_(1, at, G.gather(1, at) - 1)
-                G = G.mul_((counts[here].to(wide) / n)[:, None]).to(narrow)
+                G = G.mul_(counts[here][:, None]).to(narrow)  # not / n: float16 has no 1e-9
                 add_product_(dx[None, here], G[None], W[None], beta=0.0)
                 add_product_(dW[None], G.T[None], x_i[None])
-    return total / n, dx.to(x.dtype), dW.to(weight.dtype)
+    return total / n, (dx / n).to(x.dtype), (dW / n).to(weight.dtype)
 
 
 @_linear_cross_entropy.register_fake

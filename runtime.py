@@ -6,12 +6,16 @@ What is None in the configuration is found here: the device (cuda, else mps, els
 (on cuda only).
 """
 
+import gc
 import os
 import platform
 import signal
+import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
+TIMEOUT = timedelta(minutes=10)  # of any operation among ranks: a rank that hangs ends the run
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
@@ -45,7 +50,7 @@ class Runtime:
     world_size: int = 1
     local_rank: int = 0  # among the ranks of this node
     restarts: int = 0  # how often torchrun has started these processes again
-    launch: str = ""  # the same for all restarts of one torchrun, of no other
+    launch: str = ""  # one torchrun and its restarts, known by --rdzv-id or by its process
 
     @property
     def device_type(self) -> str:
@@ -121,7 +126,7 @@ class Runtime:
     def print(self, line: str) -> None:
         """Print once, from the main process."""
         if self.is_main:
-            print(line, flush=True)
+            say(line)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -142,7 +147,10 @@ class Runtime:
         return f"{self.device} ({platform.machine()}{threads})"
 
     def close(self) -> None:
+        """Leave the process group. DDP, which uses it, is part of reference cycles: were it not
+        collected before, it would end after the group, and abort or hang the process."""
         if dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
 
 
@@ -152,14 +160,23 @@ def lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
+def say(line: str) -> None:
+    """Print to stdout. That it is full, or closed, is no reason to lose a run."""
+    with suppress(OSError):
+        print(line, flush=True)
+
+
 class Interrupt:
     """SIGTERM and SIGINT as a flag, while the context is open; a second one ends the process.
 
-    `signal` is the number of the first one that came, or 0.
+    `signal` is the number of the first one that came, or 0. What comes within PATIENCE seconds of
+    it is the same one again: schedulers signal a whole group of processes, and torchrun its ranks.
     """
 
+    PATIENCE = 2.0
+
     def __init__(self):
-        self.signal = 0
+        self.signal, self.came = 0, 0.0
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -174,9 +191,34 @@ class Interrupt:
         return [float(self.signal == s) for s in (signal.SIGTERM, signal.SIGINT)]
 
     def _note(self, number, frame):
-        if self.signal:
+        if not self.signal:
+            self.signal, self.came = number, time.monotonic()
+        elif time.monotonic() > self.came + self.PATIENCE:
             os._exit(128 + number)
-        self.signal = number
+
+
+def fresh_store(rank: int, world_size: int) -> dist.Store:
+    """A part of torchrun's store that only the present processes know.
+
+    torchrun keeps one store over its restarts (torch 2.13), so that ranks find the addresses of
+    those that died. Here rank 0 makes up a prefix, and gives it to the others under names that they
+    make up.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        ours = dist.PrefixStore(store.get(f"answer/{name}").decode(), store)  # waits for it
+        ours.add("joined", 1)
+        return ours
+    ours = dist.PrefixStore(name, store)
+    while ours.add("joined", 0) < world_size - 1:
+        for key in (f"asks/{other}" for other in range(1, world_size)):
+            if store.check([key]):
+                store.set(f"answer/{store.get(key).decode()}", name)
+        time.sleep(0.02)
+    return ours
 
 
 def start(
@@ -208,8 +250,15 @@ def start(
         compile = True if compile is None else compile
     if world_size > 1:
         backend = backend or ("nccl" if device.startswith("cuda") else "gloo")
-        own = torch.device(device) if backend == "nccl" else None
-        dist.init_process_group(backend=backend, timeout=timedelta(minutes=10), device_id=own)
+        options = {"device_id": torch.device(device)} if backend == "nccl" else {}
+        try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                options |= {"store": fresh_store(rank, world_size)}
+                options |= {"rank": rank, "world_size": world_size}
+            dist.init_process_group(backend=backend, timeout=TIMEOUT, **options)
+        except (RuntimeError, ValueError) as error:
+            told = f"rank {rank} can't join the others: {str(error).splitlines()[0]}"
+            raise UserError(told, this_rank=True) from error
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return Runtime(
         device,

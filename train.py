@@ -23,8 +23,9 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -169,25 +170,14 @@ def check_data(source: dict, fingerprint: dict, path: Path, name: str) -> None:
         )
 
 
-def after_restart(given: dict, rt: runtime.Runtime) -> dict:
-    """`given`, changed to resume what this launch has saved if torchrun restarted its processes."""
-
-    def folder_to_resume():
-        config = Config(**given)
-        folder = run_folder(config)
-        try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["found"]
-        except (OSError, ValueError, KeyError):
-            return None
-        has_checkpoint = (folder / ckpt.LATEST).exists() or (folder / ckpt.PREVIOUS).exists()
-        return str(folder) if has_checkpoint and found.get("launch") == rt.launch else None
-
-    (restarts,) = rt.sum([rt.restarts])  # not every node must have counted the same
-    folder = rt.from_main(folder_to_resume) if restarts else None
-    if folder is None:
-        return given
-    rt.print(f"restarted: going on with {os.path.relpath(folder)}")
-    return {**given, "init_from": "resume", "out_dir": folder, "save_dir": None}
+def saved_by_this_launch(folder: Path, rt: runtime.Runtime) -> bool:
+    """Whether `folder` holds a checkpoint of this torchrun, made before it started us again."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["found"]
+    except (OSError, ValueError, KeyError):
+        return False
+    has_checkpoint = any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS))
+    return has_checkpoint and found.get("launch") == rt.launch
 
 
 def check(config: Config) -> None:
@@ -199,6 +189,12 @@ def check(config: Config) -> None:
         raise UserError(error) from error
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd={config.n_embd} must be divisible by n_head={config.n_head}")
+    for key in ("out_dir", "save_dir"):
+        folder = getattr(config, key)
+        if folder is not None and Path.cwd().is_relative_to(Path(folder).absolute()):
+            raise UserError(
+                f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
+            )
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -336,7 +332,9 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
             found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
             found |= {"world_size": rt.world_size, "torch": torch.__version__, "launch": rt.launch}
             text = json.dumps({**asdict(config), "found": found}, indent=2)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            temporary = folder / "config.json.tmp"
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, folder / "config.json")
         except OSError as error:
             raise UserError(
                 f"{folder} can't be written ({error.strerror}); choose another folder, or make room"
@@ -443,7 +441,7 @@ def train_step(
     updated = math.isfinite(loss) and (math.isfinite(norm) or overflow)
     if updated:
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, updated, signals
 
@@ -484,8 +482,12 @@ def main() -> None:
         stack.callback(rt.close)
         try:
             code = train(given, rt, stack)
+        except UserError as error:
+            traceback.clear_frames(error.__traceback__)  # DDP must end before its process group
+            raise
         except (MemoryError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            traceback.clear_frames(error.__traceback__)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             known = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if known or "can't allocate memory" in reason:
                 repair = "halve --batch_size and double --gradient_accumulation_steps"
@@ -500,8 +502,13 @@ def main() -> None:
 
 def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     """The whole run; returns the exit code. What has to be closed at its end goes on the stack."""
-    given = after_restart(given, rt)
     config, source, source_path = read_config(given, rt)
+    (restarts,) = rt.sum([float(rt.restarts)])  # not every node must have counted the same
+    if restarts and rt.from_main(lambda: saved_by_this_launch(run_folder(config), rt)):
+        given = {**given, "init_from": "resume", "out_dir": str(run_folder(config))}
+        given.pop("save_dir", None)
+        config, source, source_path = read_config(given, rt)
+        rt.print(f"restarted: going on with {os.path.relpath(config.out_dir)}")
     data = open_data(config, rt)
     raw_model = build_model(config, given, source, source_path, data).to(rt.device)
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
@@ -551,10 +558,10 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
 
     def save(is_best=False) -> bool:
+        if not all(w.isfinite().all() for w in raw_model.parameters()):  # on all ranks the same
+            raise diverged("the weights are not finite", step, saver, config)
         if not rt.is_main:
             return True
-        if not all(w.isfinite().all() for w in raw_model.parameters()):
-            raise diverged("the weights are not finite", step, saver, config)
         checkpoint = {
             "model": raw_model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -569,6 +576,22 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         }
         return saver.save(checkpoint, is_best)
 
+    def diagnosis(step) -> str:
+        """Where this rank's micro-steps are not finite; '' if they are, or there is no memory."""
+
+        def again():
+            for m in micro_steps:
+                if config.dropout > 0:
+                    torch.manual_seed(dropout_seed(config.seed, step, m))
+                yield load(step, m)
+
+        with suppress(torch.OutOfMemoryError):
+            return where_it_began(raw_model, again(), rt) or ""
+        return ""
+
+    def due(step, interval) -> bool:
+        return step % interval == 0 or step == config.max_iters
+
     if step >= config.max_iters and step == evaluated:
         log.say(f"{step} steps are done already; pass a larger --max_iters to go on")
     micro_steps = rt.share(config.gradient_accumulation_steps)
@@ -578,8 +601,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     while True:
         # Evaluate, log and save what the steps so far have come to
         saves, is_best, before = saver.retries(), False, best_val_loss
-        due = step % config.eval_interval == 0 or step == config.max_iters
-        if due and evaluated < step and not any(signals):
+        if due(step, config.eval_interval) and evaluated < step and not any(signals):
             losses, signals = evaluate(eval_model, data, rt, config, interrupt)
             if not any(signals):
                 row |= {"step": step, "val_loss": losses["val"], "tokens": step * tokens_per_step}
@@ -610,17 +632,12 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
             skipped += 1
             what = f"loss {loss:.4g} and gradient norm {norm:.4g}"
             if skipped > config.skip_nonfinite:
-                found = where_it_began(raw_model, (load(step, m) for m in micro_steps), rt)
-                found = [line for line in rt.gather(found or "") if line]
+                found = [line for line in rt.gather(diagnosis(step)) if line]
                 what += f"; {found[0]}" if found else ""
                 raise diverged(what, step, saver, config)
             log.say(f"step {step + 1}: {what}: skipped, {skipped} of {config.skip_nonfinite}")
         step += 1
-        if (
-            step % config.log_interval == 0
-            or step % config.eval_interval == 0
-            or (step == config.max_iters)
-        ):
+        if due(step, config.log_interval) or due(step, config.eval_interval):
             per_step = seconds / (step - logged)
             sequences = config.gradient_accumulation_steps * B // rt.world_size
             row = {
@@ -653,7 +670,7 @@ def exit_code(signals: list[float]) -> int:
 def diverged(what: str, step: int, saver: ckpt.Saver, config: Config) -> UserError:
     kept = "there is no checkpoint yet"
     if saver.step is not None:
-        kept = f"{os.path.relpath(saver.folder)}/{ckpt.LATEST} is that of step {saver.step}"
+        kept = f"the checkpoint in {os.path.relpath(saver.folder)} is that of step {saver.step}"
     more = ", with more squarings n" if config.attn_type.startswith("GKpoly") else ""
     return UserError(
         f"step {step + 1} was not done: {what}. {kept}; start again with a lower --learning_rate"

@@ -30,7 +30,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # torchrun sets 1 where none is set
-os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see README.md, on restarts
 
 import torch  # noqa: E402
 from conftest import write_dataset  # noqa: E402
@@ -233,12 +232,14 @@ def interrupts():
 
 
 def second_signal():
-    """A second SIGTERM ends a run at once"""
+    """A second SIGTERM ends a run at once, unless both come together"""
     args = ["--max_iters=9", "--gradient_accumulation_steps=20000", "--eval_iters=1"]
     process = train(*args, "--out_dir=twice")
     wait_for(lambda: last_step("twice") == 0, process)
     process.kill(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.1)
+    process.kill(signal.SIGTERM)  # as schedulers and torchrun do
+    time.sleep(2.5)
     was_running, started = process.running(), time.monotonic()
     process.kill(signal.SIGTERM)
     code, _, _ = process.end()
@@ -279,6 +280,9 @@ def disk_full():
     ok = code == 1 and not err and "not saved" in out.splitlines()[-2]
     yield "last save fails", None if ok else f"exit code {code}: {out[-300:]} {err[-300:]}"
     ckpt.load(WORK / "full2" / ckpt.LATEST)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([*TRAIN, *BASE, *args, "--out_dir=full3"], stdout=full, cwd=WORK)
+    yield "stdout", same_digest("full3", "full-reference")
 
 
 def damage():
@@ -393,6 +397,11 @@ def not_finite():
         return None if all(w.isfinite().all() for w in weights) else "the checkpoint is not finite"
 
     yield from zip(cases, in_pairs(check, cases.items()), strict=True)
+    two = ["--gradient_accumulation_steps=2", "--eval_iters=2"]
+    process = torchrun(*common, *two, "--learning_rate=1e30", "--out_dir=nan-ranks")
+    code, _, err = process.end(60)
+    ended = code == 1 and err.count("error: step") == 1
+    yield "two ranks", None if ended else f"exit code {code}: {err[-500:]}"
 
 
 def malicious():

@@ -114,7 +114,10 @@ def test_a_saver_tells_a_failure_and_tries_again(tmp_path, monkeypatch):
         patch.setattr(torch, "save", full)
         assert not saver.save({**saved, "iter_num": 2}, True)
     assert saver.failed and saver.step == 1 and not saver.retries()
-    assert "step 2 not saved (No space left on device)" in said[0] and "that of step 1" in said[0]
+    assert (
+        "step 2 not saved (No space left on device)" in said[0]
+        and "the last is of step 1" in said[0]
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt"}
     monkeypatch.setattr(saver, "retry_at", 0.0)
     assert saver.retries() and saver.save({**saved, "iter_num": 3}, False)

@@ -49,6 +49,15 @@ def test_under_autocast_gradients_are_closer_than_those_of_the_plain_loss():
         assert (a - c).norm() <= min((b - c).norm(), 1e-2 * c.norm())
 
 
+def test_float16_products_do_not_lose_small_gradients():
+    """n V = 10^8: an entry of G / n is below what float16 can hold, one of G is not."""
+    x, weight, targets = inputs(torch.float32, N=3000, C=4, V=40000)
+    expected = value_and_gradients(plain, x.double(), weight.double() * 0, targets)
+    got = loss._linear_cross_entropy(x, weight * 0, targets, torch.float16, True)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        assert (3 * a - b).norm() <= 1e-2 * b.norm() + 1e-12
+
+
 def test_no_target_at_all_is_nan_as_in_torch():
     x, weight, targets = inputs()
     targets.fill_(-1)

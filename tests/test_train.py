@@ -398,9 +398,9 @@ def test_an_interrupted_run_saves_and_ends_like_the_whole_one(
 def test_after_a_restart_by_torchrun_the_run_goes_on_whatever_init_from_was(
     run, run_train, tmp_path, monkeypatch, data_dir
 ):
-    run_train("--out_dir=source")
+    run_train("--out_dir=source", "--attn_type=PA_relu")  # which the finetune's folder is named for
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
-    tune = ["--init_from=finetune", "--out_dir=source", "--attn_type=PA_relu", "--eval_interval=1"]
+    tune = ["--init_from=finetune", "--out_dir=source", "--eval_interval=1"]
     tune += [f"--data_dir={data_dir}", "--lr_decay_iters=4", "--max_iters=4"]
     run("train", *tune, "--max_iters=2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -423,6 +423,30 @@ def test_half_precision_trains_and_resumes_with_its_loss_scale(run_train, tmp_pa
     assert ckpt.load(tmp_path / "run" / "ckpt.pt")["scaler"]["scale"] > 1
     run_train(*args, "--init_from=resume", "--max_iters=3")
     run_train("--out_dir=bf16", "--dtype=bfloat16", "--attn_type=GK", "--max_iters=1")
+
+
+def test_with_float16_too_bad_steps_are_passed_over(run_train, tmp_path):
+    args = ["--out_dir=run", "--dtype=float16", "--learning_rate=1e30", "--warmup_iters=0"]
+    with pytest.raises(Failed, match="was not done") as failed:
+        run_train(*args, "--skip_nonfinite=1", "--max_iters=9")
+    assert failed.value.code == 2
+
+
+@pytest.mark.parametrize("given", ["--out_dir=", "--out_dir=.", "--out_dir=.."])
+def test_the_current_folder_is_never_moved_aside(run_train, tmp_path, given):
+    with pytest.raises(Failed, match="is the current folder, or around it"):
+        run_train(given)
+    assert tmp_path.exists()
+
+
+def test_a_log_with_odd_bytes_and_a_missing_wandb_stop_nothing(run_train, tmp_path, monkeypatch):
+    run_train("--out_dir=run", "--max_iters=2", "--lr_decay_iters=4")
+    with open(tmp_path / "run" / "log.csv", "ab") as file:
+        file.write(b"\xff\xfe,1\r\n3,")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    args = ["--init_from=resume", "--lr_decay_iters=4", "--wandb_log=True"]
+    assert "wandb is off" in run_train("--out_dir=run", *args)
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["0", "1", "2", "3", "4"]
 
 
 def test_cuda_gets_an_index(monkeypatch):
