@@ -191,7 +191,7 @@ def check(config: Config) -> None:
         raise UserError(f"n_embd={config.n_embd} must be divisible by n_head={config.n_head}")
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
-        if folder is not None and Path.cwd().is_relative_to(Path(folder).absolute()):
+        if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
             raise UserError(
                 f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
             )
