@@ -7,8 +7,10 @@ evaluated (the step evaluated last). On the disk it is a zip archive, whose comm
 SHA-256 of all before it; nanoGPT reads it as ever.
 
 A folder holds ckpt.pt, the latest, previous.pt, the one before, and best.pt, that of the lowest
-validation loss; two names may mean the same bytes. A checkpoint is written to a temporary name,
-flushed to the disk and renamed: under its own name it is always whole.
+validation loss; two names may mean the same bytes. A run that starts from weights which it must not
+change (those under LoRA's adapters, or a teacher) keeps them in base.pt, once, and each checkpoint
+says which they are by SHA-256 and, for people, by where they came from. A checkpoint is written to
+a temporary name, flushed to the disk and renamed: under its own name it is always whole.
 """
 
 import hashlib
@@ -19,16 +21,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fold_lora
 
-LATEST, PREVIOUS, BEST = "ckpt.pt", "previous.pt", "best.pt"
+LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
 # ----------------------------------------------------------------------------
 # Write
@@ -39,16 +41,43 @@ def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
 
     Raises OSError, e.g. for a full disk, and leaves the folder as it was.
     """
-    path, temporary = folder / LATEST, folder / (LATEST + ".tmp")
+    path = folder / LATEST
+    with durable(checkpoint, path) as temporary:
+        if path.exists():
+            give_name(path, folder / PREVIOUS)
+        if is_best:
+            give_name(temporary, folder / BEST)
+
+
+def save_base(model: GPT, came_from: str, folder: Path) -> dict:
+    """Write folder/base.pt, the model's weights without adapters; return what checkpoints say of
+    it. Raises OSError as `save` does."""
+    state = {k: v.cpu() for k, v in model.state_dict().items() if ".lora_" not in k}
+    args = {k: v for k, v in model.config.model_args().items() if not k.startswith("lora_")}
+    with durable({"model": state, "model_args": args}, folder / BASE):
+        pass
+    return {"came_from": came_from, "sha256": digest(state)}
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict: of names and bytes."""
+    sha256 = hashlib.sha256()
+    for name in sorted(state):
+        sha256.update(name.encode())
+        sha256.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+@contextmanager
+def durable(checkpoint: dict, path: Path):
+    """Write `checkpoint` to a temporary file, given to the body, and rename it to `path` then."""
+    folder, temporary = path.parent, path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write_sealed(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            give_name(path, folder / PREVIOUS)
-        if is_best:
-            give_name(temporary, folder / BEST)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -219,8 +248,21 @@ def load(path: Path) -> dict:
 
     prefixes = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile leave
     checkpoint["model"] = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
+    if config_of(checkpoint, path).lora_rank and isinstance(checkpoint.get("base"), dict):
+        checkpoint["model"] |= load_base(path.parent, checkpoint["base"])["model"]
     check_state(checkpoint["model"], config_of(checkpoint, path), path)
     return checkpoint
+
+
+def load_base(folder: Path, base: dict) -> dict:
+    """The checkpoint folder/base.pt, which must be the one that `base` describes."""
+    loaded = load(folder / BASE)
+    if digest(loaded["model"]) != base.get("sha256"):
+        raise UserError(
+            f"{folder / BASE} is not the one that this run began with, {base.get('came_from')}; "
+            "put that file back"
+        )
+    return loaded
 
 
 class WithoutRandomWeights(TorchFunctionMode):
@@ -264,12 +306,19 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
     """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type.
 
-    A checkpoint without weights (see train.read_config) gives a model with any: DDP brings them.
+    With lora_rank among them, even if it is the same, adapters that were trained become part of the
+    weights, and new ones begin. A checkpoint without weights (see train.read_config) gives a model
+    with any: DDP brings them.
     """
+    saved, renews = config_of(checkpoint, path), "lora_rank" in overrides
     with WithoutRandomWeights():
         model = GPT(config_of(checkpoint, path, **overrides))
     if "model" in checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        state = checkpoint["model"]
+        state = fold_lora(state, saved) if renews else state
+        model.load_state_dict(state, strict=not renews)
+    if renews and model.config.lora_rank:
+        model.init_lora()
     return model
 
 

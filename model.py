@@ -255,6 +255,9 @@ class GPTConfig:
     pa_length: int | None = None  # L of PA_f; None: block_size. Cropping the model leaves it alone
     pa_length_power: float = 1.0
     gelu: str = "none"  # 'none' is the exact GELU of nanoGPT, 'tanh' the form of OpenAI's GPT-2
+    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
+    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_targets: str = "attn.c_attn,attn.c_proj"  # layers that have one, see LoRALinear
     attn_impl: str = "auto"  # see attention(); it belongs to the machine, not to the model
 
     def __post_init__(self):
@@ -270,6 +273,16 @@ class GPTConfig:
             raise ValueError(f"pa_length={self.pa_length!r} is not a positive whole number")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} is neither 'none' nor 'tanh'")
+        if type(self.lora_rank) is not int or self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank!r} is not a whole number from 0 on")
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} is not a positive number")
+        if self.lora_rank == 0:
+            self.lora_alpha, self.lora_targets = GPTConfig.lora_alpha, GPTConfig.lora_targets
+        for target in str(self.lora_targets).split(","):
+            if not any(is_target(name, target) for name in LAYERS):
+                known = ", ".join(LAYERS)
+                raise ValueError(f"lora_targets={target!r} is none of {known}, nor the end of one")
         variant = parse_attn_type(self.attn_type)
         by_length = variant is not None and variant.by_length
         self.pa_length = (self.pa_length or self.block_size) if by_length else None
@@ -300,11 +313,53 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the matrices of a block
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether `target` is a layer's name, or the end of it after a dot."""
+    return f".{name}".endswith(f".{target.strip()}")
+
+
+class LoRALinear(nn.Linear):
+    """y = x W^T + b + (alpha / rank) x A^T B^T, of which only A (rank, in) and B (out, rank) are
+    trained (Hu et al. 2021, arXiv:2106.09685). B = 0 at first: the layer begins as it was."""
+
+    def __init__(self, n_in, n_out, bias, rank, alpha):
+        super().__init__(n_in, n_out, bias=bias)
+        self.lora_A = nn.Parameter(torch.empty(rank, n_in))
+        self.lora_B = nn.Parameter(torch.empty(n_out, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def fold_lora(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The state dict of the same model without adapters: W + (alpha / rank) B A in place of W."""
+    folded = {name: t for name, t in state.items() if ".lora_" not in name}
+    for name in state:
+        layer, _, kind = name.rpartition(".")
+        if kind == "lora_A":
+            BA = state[f"{layer}.lora_B"] @ state[name]
+            folded[f"{layer}.weight"] = state[f"{layer}.weight"] + BA * (
+                config.lora_alpha / config.lora_rank
+            )
+    return folded
+
+
+def linear(config: GPTConfig, name: str, n_in: int, n_out: int) -> nn.Linear:
+    """The layer `name` of LAYERS, with an adapter if it is to have one."""
+    if config.lora_rank and any(is_target(name, t) for t in config.lora_targets.split(",")):
+        return LoRALinear(n_in, n_out, config.bias, config.lora_rank, config.lora_alpha)
+    return nn.Linear(n_in, n_out, bias=config.bias)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = linear(config, "attn.c_attn", config.n_embd, 3 * config.n_embd)
+        self.c_proj = linear(config, "attn.c_proj", config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -329,9 +384,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = linear(config, "mlp.c_fc", config.n_embd, 4 * config.n_embd)
         self.gelu = nn.GELU(approximate=config.gelu)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = linear(config, "mlp.c_proj", 4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -368,6 +423,17 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
         self.init_weights()
+        if config.lora_rank:
+            self.init_lora()
+
+    def init_lora(self):
+        """Adapters that change nothing yet (as in the paper's code); all else is frozen."""
+        for name, p in self.named_parameters():
+            if name.endswith(".lora_A"):
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+            elif name.endswith(".lora_B"):
+                nn.init.zeros_(p)
+            p.requires_grad_(".lora_" in name)
 
     def init_weights(self):
         """GPT-2's: N(0, 0.02) for every matrix, zero biases; the projections that write to the
@@ -427,7 +493,8 @@ class GPT(nn.Module):
                 f"block_size={block_size} is not in 1..{self.config.block_size}, the model's own"
             )
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        wpe = self.transformer.wpe.weight
+        self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
         self.transformer.wpe.num_embeddings = block_size
 
     # ------------------------------------------------------------------------
@@ -481,6 +548,8 @@ class GPT(nn.Module):
         ours = model.state_dict()
         with torch.no_grad():
             for name, weight in ours.items():
+                if ".lora_" in name:
+                    continue  # new
                 source = state[name]
                 weight.copy_(source.t() if name.endswith(conv1d) else source)
         return model

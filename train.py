@@ -37,7 +37,7 @@ import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
 from divergence import where_it_began
-from model import GPT, GPTConfig, choose, parse_attn_type
+from model import GPT, GPTConfig, choose
 from runlog import RunLog
 
 
@@ -76,6 +76,11 @@ class Config:
     dropout: float = 0.0  # 0 for pretraining; 0.1 or more where data are few
     bias: bool = False  # biases in Linear and LayerNorm
 
+    # Adapters (LoRA): trained instead of the weights, which are frozen
+    lora_rank: int = 0  # their rank; 0: none
+    lora_alpha: float = 16.0  # they are scaled by lora_alpha / lora_rank
+    lora_targets: str = "attn.c_attn,attn.c_proj"  # of these, mlp.c_fc and mlp.c_proj, any
+
     # Optimizer: AdamW, with cosine decay after a linear warm-up
     learning_rate: float = 6e-4  # its maximum
     max_iters: int = 600000  # steps, i.e. updates of the weights
@@ -97,6 +102,8 @@ class Config:
 
 # What resume takes from the checkpoint and finetune and gpt2 from the weights they start with
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
+# What a resumed run can't change, while a finetune may
+KEPT = ("attn_type", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
     "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl "
@@ -184,11 +191,9 @@ def check(config: Config) -> None:
     """Raise UserError for values that can't be, or can't go together."""
     configurator.check_rules(asdict(config))
     try:
-        parse_attn_type(config.attn_type)
+        GPTConfig(**{key: getattr(config, key) for key in ARCHITECTURE}, **overrides_of(config))
     except ValueError as error:
         raise UserError(error) from error
-    if config.n_embd % config.n_head:
-        raise UserError(f"n_embd={config.n_embd} must be divisible by n_head={config.n_head}")
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
         if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
@@ -237,21 +242,23 @@ def build_model(
         overrides = overrides_of(config)
         saved = ckpt.config_of(source, path)
         if config.init_from == "resume":
-            for key in ("attn_type", "pa_length_power"):
+            for key in KEPT:
                 if key in given and given[key] != getattr(saved, key):
                     raise UserError(
                         f"{path} was trained with {key}={getattr(saved, key)}; to go on from its "
                         f"weights with {key}={given[key]}, use --init_from=finetune"
                     )
-                overrides[key] = getattr(saved, key)
+                del overrides[key]
         if saved.pa_length is None:
             overrides["pa_length"] = given.get("block_size")  # L is what PA will be trained with
+        torch.manual_seed(config.seed)
         model = ckpt.build_model(source, path, **overrides)
         known_as = source.get("tokenizer")
     else:
         path = config.init_from
         try:
             overrides = {**overrides_of(config), "pa_length": given.get("block_size")}
+            torch.manual_seed(config.seed)  # of adapters
             model = GPT.from_pretrained(config.init_from, overrides)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -294,12 +301,7 @@ def choose_impl(config: Config, rt: runtime.Runtime) -> str:
 
 def overrides_of(config: Config) -> dict:
     """The fields of GPTConfig that may differ from those of the weights a model starts with."""
-    return {
-        "attn_type": config.attn_type,
-        "attn_impl": config.attn_impl,
-        "pa_length_power": config.pa_length_power,
-        "dropout": config.dropout,
-    }
+    return {key: getattr(config, key) for key in (*KEPT, "attn_impl", "dropout")}
 
 
 def run_folder(config: Config) -> Path:
@@ -342,6 +344,15 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
 
     rt.from_main(prepare)
     return folder
+
+
+def write_base(model: GPT, came_from: str, folder: Path) -> dict:
+    """Save what adapters are for; see checkpoint.save_base."""
+    try:
+        return ckpt.save_base(model, came_from, folder)
+    except OSError as error:
+        told = f"{folder / ckpt.BASE} can't be written ({error.strerror}); make room"
+        raise UserError(told) from error
 
 
 def move_aside(folder: Path, rt: runtime.Runtime) -> None:
@@ -512,7 +523,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     data = open_data(config, rt)
     raw_model = build_model(config, given, source, source_path, data).to(rt.device)
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
-    for key in (*ARCHITECTURE, "attn_type", "pa_length_power"):
+    for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(raw_model.config, key))
     B, T = config.batch_size, config.block_size
     data.check_length(T)
@@ -548,9 +559,13 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         )
         ckpt.share_state(optimizer, scaler, rt)
         evaluated = step if source.get("evaluated", step) == step else -1
+    base = source.get("base") if resumes else None
+    came_from = config.init_from if source is None or resumes else str(source_path)
     source = None  # frees its memory
 
     folder = prepare_folder(config, source_path, rt)
+    if config.lora_rank and not resumes:
+        base = rt.from_main(lambda: write_base(raw_model, came_from, folder))
     log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
     saver = ckpt.Saver(folder, log.say, step if resumes else None)
 
@@ -562,8 +577,9 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
             raise diverged("the weights are not finite", step, saver, config)
         if not rt.is_main:
             return True
+        state = raw_model.state_dict()
         checkpoint = {
-            "model": raw_model.state_dict(),
+            "model": {k: v for k, v in state.items() if not base or ".lora_" in k},
             "optimizer": optimizer.state_dict(),
             "model_args": raw_model.config.model_args(),
             "iter_num": step,
@@ -573,6 +589,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
             "scaler": scaler.state_dict(),
             "data": fingerprint,
             "evaluated": evaluated,
+            **({"base": base} if base else {}),
         }
         return saver.save(checkpoint, is_best)
 

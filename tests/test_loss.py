@@ -53,7 +53,7 @@ def test_float16_products_do_not_lose_small_gradients():
     """n V = 10^8: an entry of G / n is below what float16 can hold, one of G is not."""
     x, weight, targets = inputs(torch.float32, N=3000, C=4, V=40000)
     expected = value_and_gradients(plain, x.double(), weight.double() * 0, targets)
-    got = loss._linear_cross_entropy(x, weight * 0, targets, torch.float16, True)
+    got = loss._linear_cross_entropy(x, weight * 0, targets, torch.float16, True, True)
     for a, b in zip(got[1:], expected[1:], strict=True):
         assert (3 * a - b).norm() <= 1e-2 * b.norm() + 1e-12
 
@@ -67,7 +67,7 @@ def test_no_target_at_all_is_nan_as_in_torch():
 
 def test_it_is_a_sound_operator_and_no_graph_break():
     x, weight, targets = inputs()
-    args = (x.requires_grad_(), weight.requires_grad_(), targets, torch.float64, True)
+    args = (x.requires_grad_(), weight.requires_grad_(), targets, torch.float64, True, True)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(loss._linear_cross_entropy, args, test_utils=checks)
     compiled = torch.compile(loss.linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -106,3 +106,12 @@ def test_on_a_gpu_too(dtype, bound):
         got = value_and_gradients(loss.linear_cross_entropy, x, weight, targets)
     for a, b in zip(got, expected, strict=True):
         assert (a.cpu() - b).norm() <= bound * b.norm()
+
+
+def test_a_frozen_output_layer_costs_no_gradient():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+    targets = torch.randint(11, (4,))
+    assert loss._linear_cross_entropy(x, weight, targets, x.dtype, True, False)[2].numel() == 0
+    loss.linear_cross_entropy(x, weight, targets).backward()
+    expected = torch.autograd.grad(F.cross_entropy(x @ weight.T, targets), x)[0]
+    torch.testing.assert_close(x.grad, expected)
