@@ -120,7 +120,7 @@ def make_step(config: BenchConfig, rt, data: Dataset | None, peer=None) -> tuple
         optimizer = raw_model.to(rt.device).configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
         )
-    model = rt.wrap(raw_model if peer is None else WithLogits(raw_model))
+    model = rt.wrap(rt.compiled(raw_model if peer is None else WithLogits(raw_model)))
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     step = iter(range(sys.maxsize))
 

@@ -245,6 +245,8 @@ def load(path: Path) -> dict:
     for key in ("model", "model_args", "config", "data"):
         if not isinstance(checkpoint[key], dict):
             raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
+    if type(checkpoint.get("iter_num", 0)) is not int:
+        raise UserError(f"{path} is not a checkpoint: its iter_num must be a whole number")
 
     prefixes = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile leave
     checkpoint["model"] = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
@@ -323,12 +325,12 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
 
 
 def restore(
-    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler
+    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler, new_at: int = 0
 ) -> tuple[int, float]:
     """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss.
 
     Raises UserError unless there is a state of the right shape for every parameter: fused
-    optimizers believe it without looking.
+    optimizers believe it without looking. After `new_at` steps the optimizer was new, without any.
     """
     try:
         iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
@@ -338,7 +340,7 @@ def restore(
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({k: v for k, v in own.items() if k != "params"})
             for index, p in zip(group["params"], own["params"], strict=True):
-                check_moments(saved["state"].get(index, {}), p, iter_num)
+                check_moments(saved["state"].get(index, {}), p, iter_num in (0, new_at))
         optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
@@ -369,9 +371,9 @@ def share_state(optimizer: torch.optim.Optimizer, scaler, rt) -> None:
     scaler.load_state_dict(rt.from_main(scaler.state_dict))
 
 
-def check_moments(state: dict, p: torch.Tensor, iter_num: int) -> None:
-    """Raise ValueError unless `state` is that of AdamW for parameter p."""
-    if iter_num == 0 and not state:
+def check_moments(state: dict, p: torch.Tensor, new: bool) -> None:
+    """Raise ValueError unless `state` is that of AdamW, maybe a new one, for parameter p."""
+    if new and not state:
         return
     for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
         t = torch.as_tensor(state[key])

@@ -16,15 +16,16 @@ class RunLog:
     """log.csv, the terminal and wandb. Only the main process writes; for others it does nothing.
 
     A row of log.csv: step (updates done), tokens seen, train_loss of that step's batches (mean over
-    micro-steps and ranks), val_loss and eval_train_loss where an evaluation was due, grad_norm of
-    that step before clipping, lr, step_ms, tokens_per_s and mfu (share of the GPU's peak) since the
-    row before, and the seconds spent in training steps so far. A log that can't be written is no
-    reason to stop: it is said once.
+    micro-steps and ranks), or distill_loss while attentions are matched, val_loss and
+    eval_train_loss where an evaluation was due, grad_norm of that step before clipping, lr,
+    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, and the seconds
+    spent in training steps so far. A log that can't be written is no reason to stop: it is said
+    once.
     """
 
     COLUMNS = (
-        "step tokens train_loss val_loss eval_train_loss grad_norm lr step_ms tokens_per_s mfu "
-        "seconds"
+        "step tokens train_loss distill_loss val_loss eval_train_loss grad_norm lr step_ms "
+        "tokens_per_s mfu seconds"
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):
@@ -84,22 +85,23 @@ class RunLog:
             self._fail(error)
         if self.wandb:
             self.wandb.log(row, step=row["step"])
-        if "train_loss" in row:
+        if "step_ms" in row:
             self._progress(row)
         if "val_loss" in row:
             losses = f"train loss {row['eval_train_loss']:.4f}, val loss {row['val_loss']:.4f}"
             self.say(f"step {row['step']}: {losses}")
 
     def _progress(self, row: dict) -> None:
+        loss = row["distill_loss"] if "distill_loss" in row else row["train_loss"]
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {row['train_loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False
+                f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False
             )
             self.bar.update(row["step"] - self.bar.n)
             return
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
         say(
-            f"step {row['step']}: loss {row['train_loss']:.4f}, {row['step_ms']:.1f} ms/step, "
+            f"step {row['step']}: loss {loss:.4f}, {row['step_ms']:.1f} ms/step, "
             f"{row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
         )
 

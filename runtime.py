@@ -72,13 +72,17 @@ class Runtime:
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
 
+    def compiled(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model, compiled if that was asked for."""
+        if not self.compile:
+            return model
+        if self.device_type == "cpu":  # or an embedding's gradient is summed in any order
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        return torch.compile(model)
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model to train: compiled if asked for, and under DDP if there are several ranks."""
-        if self.compile:
-            if self.device_type == "cpu":  # or an embedding's gradient is summed in any order
-                torch.use_deterministic_algorithms(True, warn_only=True)
-                torch.utils.deterministic.fill_uninitialized_memory = False
-            model = torch.compile(model)
+        """The model to train: under DDP, if there are several ranks."""
         if self.world_size > 1:
             devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices)

@@ -6,6 +6,7 @@ Train a GPT with any attention, on one process or under torchrun.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --init_from=resume --out_dir=OUT              # go on with the run in OUT
     python train.py --init_from=finetune --out_dir=OUT --attn_type=GKpoly-8
+    python train.py --init_from=distill --teacher=OUT --attn_type=GK    # match its attention first
     python train.py eval_gpt2                                     # evaluate only
 
 On several nodes, run on each of them, with the address of one; a rank that dies is restarted, and
@@ -36,6 +37,7 @@ import configurator
 import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
+from distill import Matching
 from divergence import where_it_began
 from model import GPT, GPTConfig, choose
 from runlog import RunLog
@@ -46,7 +48,7 @@ class Config:
     # Run
     out_dir: str = "out"  # folder of the run: checkpoints, log.csv, config.json
     save_dir: str | None = None  # where finetune writes; auto: OUT_DIR-finetune-ATTN_TYPE
-    init_from: str = "scratch"  # scratch, resume, finetune, gpt2[-medium|-large|-xl], a folder
+    init_from: str = "scratch"  # scratch, resume, finetune, distill, gpt2[-medium|...], a folder
     eval_only: bool = False  # evaluate once, write nothing, stop
     eval_interval: int = 2000  # steps between evaluations, each of which saves a checkpoint
     eval_iters: int = 200  # batches per evaluation and split, the same ones every time
@@ -81,6 +83,10 @@ class Config:
     lora_alpha: float = 16.0  # they are scaled by lora_alpha / lora_rank
     lora_targets: str = "attn.c_attn,attn.c_proj"  # of these, mlp.c_fc and mlp.c_proj, any
 
+    # Conversion (init_from=distill): first attention by attention, then end to end
+    teacher: str | None = None  # folder of a run, gpt2[-medium|-large|-xl], a folder or hub name
+    distill_iters: int | None = None  # steps of the first kind; auto: half of max_iters
+
     # Optimizer: AdamW, with cosine decay after a linear warm-up
     learning_rate: float = 6e-4  # its maximum
     max_iters: int = 600000  # steps, i.e. updates of the weights
@@ -104,6 +110,8 @@ class Config:
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # What a resumed run can't change, while a finetune may
 KEPT = ("attn_type", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
+# Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
+AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
     "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl "
@@ -112,7 +120,7 @@ PER_LAUNCH = set(
 # What a resumed run must share with the one before to end where that would have ended
 TRAJECTORY = (
     "seed dataset gradient_accumulation_steps batch_size dropout learning_rate weight_decay beta1 "
-    "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr"
+    "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr distill_iters"
 ).split()
 
 # ----------------------------------------------------------------------------
@@ -122,18 +130,22 @@ TRAJECTORY = (
 def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, Path | None]:
     """The configuration, and the checkpoint it starts from with its path.
 
-    resume and finetune go on with the settings of the run in out_dir: its config takes the place
-    of the defaults above, and what the user gave overrides both. Only the main process reads the
-    checkpoint; the others get it without its tensors.
+    resume and finetune go on with the settings of the run in out_dir, distill with those of the
+    teacher's: its config takes the place of the defaults above, and what the user gave overrides
+    both. Only the main process reads the checkpoint; the others get it without its tensors.
     """
     config = Config(**given)
     check(config)
-    if config.init_from not in ("resume", "finetune"):
+    folder = Path(config.teacher if config.init_from == "distill" else config.out_dir)
+    if config.init_from == "distill":
+        if not rt.from_main(lambda: holds_checkpoint(folder)):
+            return config, None, None
+    elif config.init_from not in ("resume", "finetune"):
         return config, None, None
     loaded = []
 
     def read():
-        source, path, trouble = ckpt.load_newest(Path(config.out_dir))
+        source, path, trouble = ckpt.load_newest(folder)
         if trouble:
             rt.print(trouble)
         loaded.append(source)
@@ -142,6 +154,8 @@ def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, 
     source, path = rt.from_main(read)
     source = loaded[0] if loaded else source
     keys = {f.name for f in fields(Config)} - PER_LAUNCH
+    if config.init_from != "resume":
+        keys -= {"teacher", "distill_iters"}
     saved = {k: v for k, v in source["config"].items() if k in keys}
     for k, v in saved.items():
         saved[k] = configurator.convert(Config, k, v, f"{k}={v!r} in the config of {path}")
@@ -155,7 +169,9 @@ def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, 
 def check_trajectory(old: Config, new: Config, path: Path) -> None:
     """Raise UserError if a resumed run would not go on as the run in `path` did."""
     before, after = (
-        asdict(config) | dict(zip(("lr_decay_iters", "min_lr"), schedule(config), strict=True))
+        asdict(config)
+        | dict(zip(("lr_decay_iters", "min_lr"), schedule(config), strict=True))
+        | {"distill_iters": matching_steps(config)}
         for config in (old, new)
     )
     changed = [key for key in TRAJECTORY if before[key] != after[key]]
@@ -183,8 +199,11 @@ def saved_by_this_launch(folder: Path, rt: runtime.Runtime) -> bool:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["found"]
     except (OSError, ValueError, KeyError):
         return False
-    has_checkpoint = any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS))
-    return has_checkpoint and found.get("launch") == rt.launch
+    return holds_checkpoint(folder) and found.get("launch") == rt.launch
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS))
 
 
 def check(config: Config) -> None:
@@ -200,6 +219,10 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
             )
+    if (config.init_from == "distill") > (config.teacher is not None):
+        raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or =gpt2")
+    if config.teacher is not None and config.init_from not in ("distill", "resume"):
+        raise UserError("teacher is for --init_from=distill")
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -226,7 +249,8 @@ def open_data(config: Config, rt: runtime.Runtime) -> Dataset:
 def build_model(
     config: Config, given: dict, source: dict | None, path: Path | None, data: Dataset
 ) -> GPT:
-    """The model that init_from asks for, on the CPU, checked against what the user gave.
+    """The model that init_from asks for (of distill the teacher), on the CPU, checked against what
+    the user gave.
 
     Where `source`, the checkpoint of `path`, came without tensors, its weights are left to DDP.
     """
@@ -249,21 +273,25 @@ def build_model(
                         f"weights with {key}={given[key]}, use --init_from=finetune"
                     )
                 del overrides[key]
-        if saved.pa_length is None:
+        elif config.init_from == "distill":
+            overrides = AS_TEACHER
+        elif saved.pa_length is None:
             overrides["pa_length"] = given.get("block_size")  # L is what PA will be trained with
         torch.manual_seed(config.seed)
         model = ckpt.build_model(source, path, **overrides)
         known_as = source.get("tokenizer")
     else:
-        path = config.init_from
+        path, overrides = config.init_from, overrides_of(config)
+        overrides["pa_length"] = given.get("block_size")
+        if config.init_from == "distill":
+            path, overrides = config.teacher, AS_TEACHER
         try:
-            overrides = {**overrides_of(config), "pa_length": given.get("block_size")}
             torch.manual_seed(config.seed)  # of adapters
-            model = GPT.from_pretrained(config.init_from, overrides)
+            model = GPT.from_pretrained(path, overrides)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{error}; init_from is scratch, resume, finetune, gpt2, gpt2-medium, gpt2-large, "
-                "gpt2-xl, or the folder or hub name of such a model"
+                f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
+                "gpt2-large, gpt2-xl, or the folder or hub name of such a model"
             ) from error
         known_as = {"tokenizer": "gpt2"}
 
@@ -287,6 +315,27 @@ def build_model(
     return model
 
 
+def student_of(teacher: GPT, config: Config, given: dict) -> GPT:
+    """The teacher's weights, with the attention that the user wants."""
+    start = {"model": teacher.state_dict(), "model_args": teacher.config.model_args()}
+    overrides = {**overrides_of(config), "pa_length": given.get("block_size")}
+    torch.manual_seed(config.seed)  # of adapters
+    return ckpt.build_model(start, Path(config.teacher), **overrides)
+
+
+def load_teacher(folder: Path, base: dict, rt: runtime.Runtime) -> GPT:
+    """The teacher of the run in `folder`, from its base.pt; without its weights except on the main
+    process, as in read_config."""
+    loaded = []
+
+    def read():
+        loaded.append(ckpt.load_base(folder, base))
+        return {"model_args": loaded[0]["model_args"]}
+
+    args = rt.from_main(read)
+    return ckpt.build_model(loaded[0] if loaded else args, folder / ckpt.BASE)
+
+
 def choose_impl(config: Config, rt: runtime.Runtime) -> str:
     """The implementation of the attention that will run. Raises UserError if it can't."""
     head_size, dtype = config.n_embd // config.n_head, getattr(torch, rt.dtype)
@@ -307,6 +356,10 @@ def overrides_of(config: Config) -> dict:
 def run_folder(config: Config) -> Path:
     """The folder that the run writes to. A finetune has one of its own."""
     source = Path(config.out_dir).absolute()
+    if config.init_from == "distill" and Path(config.teacher).resolve().is_relative_to(
+        source.resolve()
+    ):
+        raise UserError(f"out_dir={config.out_dir} holds the teacher; choose another")
     if config.init_from != "finetune":
         return source
     folder = source.with_name(f"{source.name}-finetune-{config.attn_type}")
@@ -346,10 +399,11 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
     return folder
 
 
-def write_base(model: GPT, came_from: str, folder: Path) -> dict:
-    """Save what adapters are for; see checkpoint.save_base."""
+def write_base(model: GPT, config: Config, source_path: Path | None, folder: Path) -> dict:
+    """Save the teacher, or what adapters are for; see checkpoint.save_base."""
+    came_from = source_path or (config.teacher if config.teacher else config.init_from)
     try:
-        return ckpt.save_base(model, came_from, folder)
+        return ckpt.save_base(model, str(came_from), folder)
     except OSError as error:
         told = f"{folder / ckpt.BASE} can't be written ({error.strerror}); make room"
         raise UserError(told) from error
@@ -357,7 +411,7 @@ def write_base(model: GPT, came_from: str, folder: Path) -> dict:
 
 def move_aside(folder: Path, rt: runtime.Runtime) -> None:
     """Rename a folder that holds a run to the first free of FOLDER.1, FOLDER.2, ..."""
-    if any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS, "log.csv")):
+    if holds_checkpoint(folder) or (folder / "log.csv").exists():
         n = 1
         while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
             n += 1
@@ -378,6 +432,13 @@ def schedule(config: Config) -> tuple[int, float]:
     return end, config.learning_rate / 10 if config.min_lr is None else config.min_lr
 
 
+def matching_steps(config: Config) -> int:
+    """How many of the steps match the teacher's attention, before those end to end."""
+    if config.teacher is None:
+        return 0
+    return config.max_iters // 2 if config.distill_iters is None else config.distill_iters
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Linear warm-up from learning_rate / (warmup_iters + 1), then a cosine down to min_lr."""
     end, min_lr = schedule(config)
@@ -389,6 +450,13 @@ def learning_rate(step: int, config: Config) -> float:
         return min_lr
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0..1
     return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def new_optimizer(model: GPT, config: Config, rt: runtime.Runtime) -> torch.optim.Optimizer:
+    betas = (config.beta1, config.beta2)
+    return model.configure_optimizers(
+        config.weight_decay, config.learning_rate, betas, rt.device_type
+    )
 
 
 class Batches:
@@ -521,14 +589,17 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         config, source, source_path = read_config(given, rt)
         rt.print(f"restarted: going on with {os.path.relpath(config.out_dir)}")
     data = open_data(config, rt)
-    raw_model = build_model(config, given, source, source_path, data).to(rt.device)
+    raw_model = build_model(config, given, source, source_path, data)
+    teacher = raw_model if config.init_from == "distill" else None
+    if teacher:
+        run_folder(config)  # refuses the teacher's
+        raw_model = student_of(teacher, config, given)
+    raw_model.to(rt.device)
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(raw_model.config, key))
     B, T = config.batch_size, config.block_size
     data.check_length(T)
-    model = rt.wrap(raw_model)
-    eval_model = model.module if rt.world_size > 1 else model  # no gradients for DDP to sync
     tokens_per_step = config.gradient_accumulation_steps * B * T
     impl = choose_impl(config, rt)
     rt.print(
@@ -540,32 +611,36 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     # Until here a signal ends the process, from here on it waits for the end of a step
     interrupt = stack.enter_context(runtime.Interrupt())
     if config.eval_only:
-        losses, signals = evaluate(eval_model, data, rt, config, interrupt)
+        losses, signals = evaluate(rt.compiled(raw_model), data, rt, config, interrupt)
         if not any(signals):
             rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return exit_code(signals)
 
-    optimizer = raw_model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
-    )
-    scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     fingerprint = rt.from_main(data.fingerprint)
+    n_matching, base = matching_steps(config), None
     step, best_val_loss, evaluated = 0, math.inf, -1  # updates done; the step evaluated last
     if resumes := config.init_from == "resume":
         if not config.allow_mismatch:
             check_data(source, fingerprint, source_path, data.name)
+        step, base = source.get("iter_num", 0), source.get("base")
+        if step < n_matching:
+            teacher = load_teacher(source_path.parent, base, rt)
+    matching = Matching(raw_model, teacher).to(rt.device) if step < n_matching else None
+    optimizer = new_optimizer(raw_model, config, rt)
+    scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
+    if resumes:
         step, best_val_loss = rt.from_main(
-            lambda: ckpt.restore(source, source_path, optimizer, scaler)
+            lambda: ckpt.restore(source, source_path, optimizer, scaler, n_matching)
         )
         ckpt.share_state(optimizer, scaler, rt)
         evaluated = step if source.get("evaluated", step) == step else -1
-    base = source.get("base") if resumes else None
-    came_from = config.init_from if source is None or resumes else str(source_path)
     source = None  # frees its memory
 
     folder = prepare_folder(config, source_path, rt)
-    if config.lora_rank and not resumes:
-        base = rt.from_main(lambda: write_base(raw_model, came_from, folder))
+    if not resumes and (teacher or config.lora_rank):
+        base = rt.from_main(lambda: write_base(teacher or raw_model, config, source_path, folder))
+    eval_model = rt.compiled(raw_model)  # not under DDP: there are no gradients to sync
+    model = rt.wrap(rt.compiled(matching) if matching else eval_model)
     log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
     saver = ckpt.Saver(folder, log.say, step if resumes else None)
 
@@ -579,7 +654,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
             return True
         state = raw_model.state_dict()
         checkpoint = {
-            "model": {k: v for k, v in state.items() if not base or ".lora_" in k},
+            "model": {k: v for k, v in state.items() if not config.lora_rank or ".lora_" in k},
             "optimizer": optimizer.state_dict(),
             "model_args": raw_model.config.model_args(),
             "iter_num": step,
@@ -607,7 +682,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         return ""
 
     def due(step, interval) -> bool:
-        return step % interval == 0 or step == config.max_iters
+        return step % interval == 0 or step in (n_matching, config.max_iters)
 
     if step >= config.max_iters and step == evaluated:
         log.say(f"{step} steps are done already; pass a larger --max_iters to go on")
@@ -616,6 +691,11 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     row = {"step": 0, "tokens": 0} if step == 0 else {}
     logged, seconds, skipped, signals = step, 0.0, 0, [0.0, 0.0]
     while True:
+        if matching and step >= n_matching:  # from here on end to end
+            matching.release()
+            matching, model = None, rt.wrap(eval_model)
+            optimizer = new_optimizer(raw_model, config, rt)
+
         # Evaluate, log and save what the steps so far have come to
         saves, is_best, before = saver.retries(), False, best_val_loss
         if due(step, config.eval_interval) and evaluated < step and not any(signals):
@@ -660,12 +740,12 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
             row = {
                 "step": step,
                 "tokens": step * tokens_per_step,
-                "train_loss": loss,
+                "distill_loss" if matching else "train_loss": loss,
                 "grad_norm": norm,
                 "lr": lr,
                 "step_ms": 1000 * per_step,
                 "tokens_per_s": tokens_per_step / per_step,
-                "mfu": raw_model.estimate_mfu(sequences, per_step, T),
+                "mfu": None if matching else raw_model.estimate_mfu(sequences, per_step, T),
                 "window_seconds": seconds,
             }
             logged, seconds = step, 0.0

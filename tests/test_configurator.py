@@ -116,7 +116,10 @@ def test_every_key_is_read_somewhere():
     for script, Config in (("train", train.Config), ("sample", sample.Config)):
         for field in fields(Config):
             reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script}.py"]))
-            reads += field.name in (*train.ARCHITECTURE, *train.KEPT)  # read in a loop over the names
+            reads += field.name in (
+                *train.ARCHITECTURE,
+                *train.KEPT,
+            )  # read in a loop over the names
             assert reads > 0, f"{script}.py never reads {field.name}"
     for name in BENCH_KEYS:
         assert re.search(rf"config\.{name}\b", code["bench.py"]), name
