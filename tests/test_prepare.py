@@ -92,8 +92,14 @@ def test_meta_tells_what_the_files_hold(tmp_path):
         "tokenizer": "char",
         "chars": "\nabc",
         "train_tokens": 8,
-        "val_tokens": 3,
+        "train_bytes": 8,
+        "train_words": 2,
+        "train_lines": 1,
         "train_sha256": digests["train"].hexdigest(),
+        "val_tokens": 3,
+        "val_bytes": 3,
+        "val_words": 1,
+        "val_lines": 0,
         "val_sha256": digests["val"].hexdigest(),
         "source": "a test",
     }
@@ -132,13 +138,15 @@ def test_an_empty_split_is_an_error(tmp_path, split):
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupted_preparation_leaves_what_was_there(tmp_path, monkeypatch, trouble, before):
     if before:
-        common.write_dataset(tmp_path, CharTokenizer("ab"), [("train", "a"), ("val", "b")], "old")
+        pieces = [("train", "a"), ("val", "b"), ("test", "a")]
+        common.write_dataset(tmp_path, CharTokenizer("ab"), pieces, "old")
     old = contents(tmp_path)
 
     def pieces():
         yield "train", "ccc"
         yield "val", "ccc"
-        assert len(contents(tmp_path)) == len(old) + 2  # it is in the middle of writing
+        yield "test", "ccc"
+        assert len(contents(tmp_path)) == len(old) + 3  # it is in the middle of writing
         raise trouble
 
     monkeypatch.setattr(common, "CHUNK", 1)
@@ -163,6 +171,48 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another with --out"):
         common.write_dataset(tmp_path / "file" / "new", CharTokenizer("a"), [], "a test")
+
+
+@pytest.mark.parametrize(
+    "text", ["to be\u2003or  not\n\nto be", " to be", "to be ", "", "é\u00a0\x1c"]
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_words_and_bytes_are_counted_across_pieces(tmp_path, monkeypatch, text, size):
+    monkeypatch.setattr(common, "CHUNK", 1)
+    pieces = [("train", text[i : i + size]) for i in range(0, len(text), size)]
+    pieces = [("val", "a b"), *pieces, ("train", "end"), ("val", "c")]
+    common.write_dataset(tmp_path, CharTokenizer("".join(sorted({*text, *"abcend "}))), pieces, "-")
+    meta, train, _ = read(tmp_path)
+    assert train == text + "end" and meta["train_bytes"] == len(train.encode())
+    assert (meta["train_words"], meta["val_words"]) == (len(train.split()), 2)
+    assert meta["train_lines"] == text.count("\n")
+
+
+def test_end_of_text_is_a_token_and_neither_bytes_nor_a_word(tmp_path, gpt2_files):
+    pieces = [("test", "to be<|endoftext|>"), ("test", "or\ud800<|endoftext|>not")]
+    common.write_dataset(tmp_path, GPT2Tokenizer(), pieces, "a test", documents=True)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["documents"] is True and meta["test_words"] == 4
+    assert meta["test_bytes"] == len("to beor?not") and meta["test_tokens"] == 7
+
+
+def test_end_of_text_is_text_where_it_is_not_a_token(tmp_path):
+    pieces = [("test", "<|endoftext|>")]
+    common.write_dataset(tmp_path, CharTokenizer("".join(sorted(set(pieces[0][1])))), pieces, "-")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["test_tokens"] == meta["test_bytes"] == 13 and meta["test_words"] == 1
+
+
+def test_a_data_set_may_have_a_third_split_or_nothing_else(tmp_path):
+    tokenizer, pieces = CharTokenizer("ab"), [("test", "ab"), ("train", "a"), ("val", "b")]
+    common.write_dataset(tmp_path / "three", tokenizer, pieces, "a test")
+    assert Dataset("three", tmp_path, ("val", "test")).tokens["test"].tolist() == [0, 1]
+    common.write_dataset(tmp_path / "one", tokenizer, pieces[:1], "a test")
+    assert sorted(contents(tmp_path / "one")) == ["meta.json", "test.bin"]
+    with pytest.raises(UserError, match="one is for evaluation only"):
+        Dataset("one", tmp_path)
+    with pytest.raises(UserError, match="val.bin would be empty"):
+        common.write_dataset(tmp_path / "two", tokenizer, pieces[:2], "a test")
 
 
 # ---- what is read ----
@@ -196,6 +246,22 @@ def test_several_texts_each_give_their_end_to_validation(tmp_path):
     assert read(tmp_path / "out")[1:] == ("a" * 9 + "\n\n" + "b" * 9 + "\n\n", "a\n\nb\n\n")
 
 
+def test_three_files_may_be_the_splits_themselves(tmp_path):
+    paths = [tmp_path / f"{split}.txt" for split in "abc"]
+    for path in paths:
+        path.write_text(path.stem * 10)
+    pieces = list(common.read_files(paths, end="", own_splits=True))
+    assert {split: text for split, text in pieces if text} == {
+        "train": "a" * 10,
+        "val": "b" * 10,
+        "test": "c" * 10,
+    }
+    assert {split for split, text in common.read_files(paths[:2], "", own_splits=True)} == {
+        "train",
+        "val",
+    }
+
+
 def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_text(tmp_path):
     (tmp_path / "my.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     pieces = common.read_files([tmp_path / "my.txt"], end="")
@@ -210,7 +276,8 @@ def test_a_text_without_line_breaks_is_read_in_bounded_memory(tmp_path, monkeypa
 
 
 def test_reading_in_pieces_changes_no_gpt2_token(tmp_path, monkeypatch, gpt2_files):
-    space = [" ", "\n", "\n\n", "\n\n\n", " \n", "\n ", "\t\n", "\n\u00a0", "\n\n<|endoftext|>\n"]
+    space = [" ", "\n", "\n\n", "\n\n\n", " \n", "\n ", " \n ", "\n\n ", "\u00a0\n ", "\t\n"]
+    space += ["\n\u00a0", "\n\n<|endoftext|>\n"]
     rng = np.random.default_rng(0)
     words = rng.choice(["to", "be", "'s", "!", "7", "<"], 3000)
     text = "".join(f"{word}{rng.choice(space)}" for word in words)
@@ -218,7 +285,7 @@ def test_reading_in_pieces_changes_no_gpt2_token(tmp_path, monkeypatch, gpt2_fil
     monkeypatch.setattr(common, "CHUNK", 60)
     tokenizer = GPT2Tokenizer()
     with common.open_text(tmp_path / "my.txt") as file:
-        pieces = list(common.whole_lines(file))
+        pieces = list(common.whole_lines(common.chunks(file)))
     assert len(pieces) > 100
     ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
     assert ids.tolist() == tokenizer.encode(text).tolist()
@@ -312,6 +379,16 @@ def test_an_unreachable_hub_is_one_line_at_once(tmp_path):
     assert "a/b" in done.stderr and "--input FILE" in done.stderr
 
 
+def run_with_hub(monkeypatch, name, tables, out, *args):
+    """Run a script's main here, with a hub that has `tables`; return what it asked the hub for."""
+    asked = []
+    monkeypatch.setattr(common, "load_hub", lambda *a, **options: asked.append(a) or tables)
+    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out={out}", "--num_proc=2", *args])
+    importlib.import_module(f"data.{name}.prepare").main()
+    return asked
+
+
 @pytest.mark.parametrize("name", ["openwebtext", "tinystories"])
 def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name):
     from datasets import Dataset as Table
@@ -321,17 +398,27 @@ def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name
     tables = {"train": Table.from_dict({"text": texts, "url": texts})}
     if name == "tinystories":
         tables["validation"] = Table.from_dict({"text": ["page -1", "page -2"]})
-    monkeypatch.setattr(common, "load_hub", lambda *args, **options: DatasetDict(tables))
-    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path), "--num_proc", "2"])
-    importlib.import_module(f"data.{name}.prepare").main()
-    _, train, val = read(tmp_path)
+    run_with_hub(monkeypatch, name, DatasetDict(tables), tmp_path)
+    meta, train, val = read(tmp_path)
+    assert meta["documents"] is True and meta["train_words"] + meta["val_words"] == 2 * (
+        2003 if name == "tinystories" else 2001
+    )
     train, val = (re.findall(r"(page -?\d+)<\|endoftext\|>", text) for text in (train, val))
     if name == "tinystories":
         assert (train, val) == (texts, ["page -1", "page -2"])
     else:  # 0.05% of the pages, drawn as nanoGPT draws them
         drawn = np.random.default_rng(2357).permutation(2001)
         assert (val, train) == tuple([texts[i] for i in part] for part in (drawn[:2], drawn[2:]))
+
+
+def test_room_for_the_hubs_cache_is_needed_until_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert common.hub_need("owner/TinyTales", 5) == (tmp_path, 5)
+    folder = tmp_path / "datasets" / "owner___tiny_tales" / "some-config" / "0.0.0"
+    folder.mkdir(parents=True)
+    (folder / "train.arrow").touch()
+    assert common.hub_need("owner/TinyTales", 5, "some-config") == (tmp_path, 0)
+    assert common.hub_need("owner/TinyTales", 5, "other-config") == (tmp_path, 5)
 
 
 # ---- the scripts ----
