@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from data import common
+from data import common, detokenize
 from dataset import Dataset
 from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
@@ -203,6 +203,15 @@ def test_end_of_text_is_text_where_it_is_not_a_token(tmp_path):
     assert meta["test_tokens"] == meta["test_bytes"] == 13 and meta["test_words"] == 1
 
 
+def test_words_are_those_before_detokenizing_and_bytes_those_after(tmp_path):
+    pieces = [("test", " it 's \n"), ("test", " so \n")]
+    tokenizer = CharTokenizer("\n 'iost")
+    common.write_dataset(tmp_path, tokenizer, pieces, "a test", detokenize=detokenize.ptb)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert from_meta(meta).decode(read_ids(tmp_path, "test")) == "it's\nso\n"
+    assert (meta["test_words"], meta["test_lines"], meta["test_bytes"]) == (3, 2, 8)
+
+
 def test_a_data_set_may_have_a_third_split_or_nothing_else(tmp_path):
     tokenizer, pieces = CharTokenizer("ab"), [("test", "ab"), ("train", "a"), ("val", "b")]
     common.write_dataset(tmp_path / "three", tokenizer, pieces, "a test")
@@ -213,6 +222,43 @@ def test_a_data_set_may_have_a_third_split_or_nothing_else(tmp_path):
         Dataset("one", tmp_path)
     with pytest.raises(UserError, match="val.bin would be empty"):
         common.write_dataset(tmp_path / "two", tokenizer, pieces[:2], "a test")
+
+
+# ---- detokenizers ----
+
+WIKITEXT = {  # as it comes, and as it is made
+    " = = Career = = \n": "== Career ==\n",
+    " \n": "\n",
+    " a guest @-@ starring role for 1 @,@ 000 @.@ 5 , ( or 5 % of £ 9 ) . \n": (
+        "a guest-starring role for 1,000.5, (or 5% of £9).\n"
+    ),
+    ' " The Bill " , ( " Who ? " ) and " Herons . " \n': '"The Bill", ("Who?") and "Herons."\n',
+    " the actor 's , it 'd , I don 't ; from 1914 – 18 – at 10 : 30 : \n": (
+        "the actor's, it'd, I don't; from 1914–18 – at 10:30:\n"
+    ),
+    " the players ' cup ... <unk> 's , ' so ' / = x \n": (
+        "the players ' cup ... <unk>'s, ' so ' / = x\n"
+    ),
+    "already, (plain) 'text'; it's \"so\".\n": "already, (plain) 'text'; it's \"so\".\n",
+}
+PTB = {
+    " mr. <unk> is n't sure what they 'd do it 's early \n": (
+        "mr. <unk> isn't sure what they'd do it's early\n"
+    ),
+    " the banks ' profit rose N N to us$ N million c$ N \n": (
+        "the banks' profit rose N N to us$N million c$N\n"
+    ),
+    " the 'bank n'to $ NN # N \n": "the 'bank n'to $ NN #N\n",
+}
+
+
+@pytest.mark.parametrize("function, lines", [("wikitext", WIKITEXT), ("ptb", PTB)])
+def test_detokenizers_join_what_belongs_together(function, lines):
+    function = getattr(detokenize, function)
+    for line, wanted in lines.items():
+        assert function(line) == wanted
+        assert "".join(wanted.split()) == re.sub(r"\s|@(?=[-,.]@)|(?<=@[-,.])@", "", line)
+    assert function("".join(lines)) == "".join(lines.values())
 
 
 # ---- what is read ----
