@@ -457,6 +457,107 @@ def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name
         assert (val, train) == tuple([texts[i] for i in part] for part in (drawn[:2], drawn[2:]))
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("name", ["wikitext2", "wikitext103", "ptb"])
+def test_corpora_of_the_papers_are_the_same_from_the_hub_and_from_files(
+    tmp_path, monkeypatch, gpt2_files, name, raw
+):
+    from datasets import Dataset as Table
+    from datasets import DatasetDict
+
+    monkeypatch.setattr(common, "CHUNK", 200)
+    lines = [*PTB] if name == "ptb" else [" \n", *WIKITEXT, " = New = \n", " \n", " \n"]
+    lines = {"train": lines * 9, "validation": lines * 2, "test": lines}
+    column, row = ("sentence", str.strip) if name == "ptb" else ("text", lambda s: s.lstrip("\n"))
+    rows = {s: ["" if t == " \n" else row(t) for t in ts] for s, ts in lines.items()}
+    tables = DatasetDict({s: Table.from_dict({column: rows[s]}) for s in rows})
+    paths = [tmp_path / f"{split}.txt" for split in lines]
+    for path in paths:
+        path.write_text("".join(lines[path.stem]), encoding="utf-8")
+    args = ["--raw"] if raw else []
+    asked = run_with_hub(monkeypatch, name, tables, tmp_path / "hub", *args)
+    run_with_hub(monkeypatch, name, None, tmp_path / "file", *args, "--input", *map(str, paths))
+    assert asked[0][1:] == {"ptb": ()}.get(name, (f"wikitext-{name[8:]}-raw-v1",))
+
+    meta, train, _ = read(tmp_path / "hub")
+    test = from_meta(meta).decode(read_ids(tmp_path / "hub", "test"))
+    original = "".join(lines["test"])
+    change = (
+        (lambda text: text) if raw else detokenize.ptb if name == "ptb" else detokenize.wikitext
+    )
+    assert test == change(original) and train == change("".join(lines["train"]))
+    assert read_ids(tmp_path / "hub", "test").tolist() == from_meta(meta).encode(test).tolist()
+    assert meta["test_words"] == len(original.split()) and "documents" not in meta
+    assert meta["test_lines"] == len(lines["test"]) and meta["test_bytes"] == len(test.encode())
+    other = json.loads((tmp_path / "file" / "meta.json").read_text())
+    assert {**other, "source": meta["source"]} == meta
+
+
+def test_lambada_is_for_evaluation_of_last_words(tmp_path, monkeypatch, gpt2_files):
+    from datasets import Dataset as Table
+
+    texts = ["“Yes,” he said.\nHe saw the dog", "so it was"]
+    run_with_hub(monkeypatch, "lambada", {"test": Table.from_dict({"text": texts})}, tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert sorted(contents(tmp_path)) == ["meta.json", "test.bin"]
+    ids = read_ids(tmp_path, "test")
+    assert from_meta(meta).decode(ids) == "".join(text + "<|endoftext|>" for text in texts)
+    assert meta["documents"] is meta["last_word"] is True and meta["test_words"] == 10
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "b.txt").write_text("so it\n\nwas so \n")
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    run_with_hub(monkeypatch, "lambada", None, tmp_path / "more", "--input", *files)
+    more = GPT2Tokenizer().decode(read_ids(tmp_path / "more", "test"))
+    assert more.split("<|endoftext|>") == [*texts, "so it", "was so", ""]
+
+
+@pytest.mark.parametrize(
+    "name, column, config, path",
+    [
+        ("wikitext2", "text", "wikitext-2-raw-v1", "{config}/{split}-00000-of-00001.parquet"),
+        ("wikitext103", "text", "wikitext-103-raw-v1", "{config}/{split}-00000-of-00002.parquet"),
+        ("ptb", "sentence", None, "penn_treebank/{split}/0000.parquet"),
+        ("lambada", "text", None, "default/{split}/0000.parquet"),
+    ],
+)
+def test_parquet_that_lies_as_on_the_hub_is_found(
+    tmp_path, monkeypatch, gpt2_files, name, column, config, path
+):
+    from datasets import Dataset as Table
+
+    hub, load_hub = tmp_path / "hub", common.load_hub
+    splits = {"lambada": ["test"], "fineweb_edu": ["train"]}.get(
+        name, ["train", "validation", "test"]
+    )
+    paths = {split: path.format(config=config, split=split) for split in splits}
+    for split, place in paths.items():
+        for folder, text in ((hub, f"{split} "), (hub / "other", "other ")):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            rows = {column: [text] * 2, "token_count": [2, 2]}
+            Table.from_dict(rows).to_parquet(folder / place)
+    if config:  # the hub's README tells where each configuration has its files; JSON is YAML
+        files = [{"split": split, "path": place} for split, place in paths.items()]
+        configs = {"configs": [{"config_name": config, "data_files": files}]}
+        (hub / "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
+    elif name == "ptb":  # has no other
+        shutil.rmtree(hub / "other")
+    cache = {"cache_dir": tmp_path / "cache"}
+    local = lambda _, *args, **options: load_hub(str(hub), *args, **cache, **options)
+    monkeypatch.setattr(common, "load_hub", local)
+    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path / "out")])
+    importlib.import_module(f"data.{name}.prepare").main()
+    decode = GPT2Tokenizer().decode
+    written = {
+        path.stem: decode(read_ids(path.parent, path.stem)).replace("<|endoftext|>", " ").split()
+        for path in (tmp_path / "out").glob("*.bin")
+    }
+    assert written == {
+        "lambada": {"test": ["test"] * 2},
+        "fineweb_edu": {"train": ["train"], "val": ["train"]},
+    }.get(name, {"train": ["train"] * 2, "val": ["validation"] * 2, "test": ["test"] * 2})
+
+
 def test_room_for_the_hubs_cache_is_needed_until_it_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert common.hub_need("owner/TinyTales", 5) == (tmp_path, 5)
