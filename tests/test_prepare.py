@@ -511,6 +511,36 @@ def test_lambada_is_for_evaluation_of_last_words(tmp_path, monkeypatch, gpt2_fil
     assert more.split("<|endoftext|>") == [*texts, "so it", "was so", ""]
 
 
+def web_pages(n, text="the page {} ends"):
+    return [{"text": text.format(i), "token_count": 5 + (i > 9)} for i in range(n)]
+
+
+@pytest.mark.parametrize("tokens, pages", [("1", 2), ("6", 2), ("7", 3), ("1e2", 17), ("1e9", 600)])
+def test_fineweb_is_streamed_up_to_the_tokens_that_are_wanted(
+    tmp_path, monkeypatch, gpt2_files, tokens, pages
+):
+    read_pages = []
+    stream = (read_pages.append(page) or page for page in web_pages(600))
+    args = ["--tokens", tokens]
+    asked = run_with_hub(monkeypatch, "fineweb_edu", stream, tmp_path, *args)
+    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT")]
+    meta, train, val = read(tmp_path)
+    assert len(read_pages) == pages and meta["documents"] is True
+    texts = [page["text"] + "<|endoftext|>" for page in web_pages(pages)]
+    assert val == texts[0] + "".join(texts[500:501])
+    assert train == "".join(texts[1:500] + texts[501:])
+
+
+def test_a_stream_that_breaks_off_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, gpt2_files):
+    def stream():
+        yield from web_pages(5)
+        raise ConnectionError("reset by peer")
+
+    with pytest.raises(UserError, match="fineweb-edu can't be had.*reset by peer.*--input FILE"):
+        run_with_hub(monkeypatch, "fineweb_edu", stream(), tmp_path / "out")
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     "name, column, config, path",
     [
@@ -518,6 +548,7 @@ def test_lambada_is_for_evaluation_of_last_words(tmp_path, monkeypatch, gpt2_fil
         ("wikitext103", "text", "wikitext-103-raw-v1", "{config}/{split}-00000-of-00002.parquet"),
         ("ptb", "sentence", None, "penn_treebank/{split}/0000.parquet"),
         ("lambada", "text", None, "default/{split}/0000.parquet"),
+        ("fineweb_edu", "text", "sample-10BT", "sample/10BT/{split}.parquet"),
     ],
 )
 def test_parquet_that_lies_as_on_the_hub_is_found(
@@ -589,6 +620,8 @@ def test_every_script_tells_its_commands_and_takes_input(name):
         ("char", ["--input", "good.txt", "--ou", "x"], "--ou x"),
         ("openwebtext", ["--num_proc", "0"], "at least 1"),
         ("tinystories", ["--num_proc", "x"], "--num_proc"),
+        ("fineweb_edu", ["--tokens", "inf"], "--tokens: inf is impossible"),
+        ("fineweb_edu", ["--tokens", "many"], "--tokens"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, name, args, told):
