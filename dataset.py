@@ -3,8 +3,9 @@ Token files, and batches as a pure function of (seed, split, step, micro-step).
 
 A data set is a folder data/NAME with train.bin and val.bin, raw little-endian token ids, and
 meta.json: vocab_size, dtype, tokenizer (with its chars, if it is a character-level one), lengths,
-SHA-256 and source. nanoGPT's folders are read too: bins alone are GPT-2 BPE in uint16, and a
-meta.pkl goes through an unpickler that can build nothing but plain containers.
+SHA-256 and source. Some have test.bin too, or nothing else: those are for evaluation only.
+nanoGPT's folders are read too: bins alone are GPT-2 BPE in uint16, and a meta.pkl goes through an
+unpickler that can build nothing but plain containers.
 
 No random state is kept: which tokens a batch holds follows from its numbers alone. So a resumed run
 sees the batches that it would have seen, the world size may change between runs, and evaluating
@@ -13,10 +14,12 @@ more often changes nothing.
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ DATA_DIR = Path(__file__).parent / "data"
 SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
 PIECE = 2**20  # bytes; of a larger file so many are hashed at a time
 TAIL = 1024  # tokens at the end of a file that can't all be zero
+SPLITS = ("train", "val", "test")
 
 # What a random number is for: the last word of the generator's key
 TRAIN, EVAL, DROPOUT, SAMPLE = range(4)
@@ -45,13 +49,19 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
 
 
 class Dataset:
-    """The two token files of one data set, opened and checked.
+    """The token files of one data set: those of `splits`, opened and checked, are in `tokens`.
 
     `meta` is what meta.json says; `vocab_size` bounds the ids. Raises UserError if the folder, a
-    file or the metadata is missing, damaged or contradicts itself.
+    file or the metadata is missing, damaged or contradicts itself, and if the data set has not
+    these splits.
     """
 
-    def __init__(self, name: str, data_dir: str | Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | Path | None = None,
+        splits: Sequence[str] = ("train", "val"),
+    ):
         self.folder = data_folder(name, data_dir)
         self.name = name
         known = (DATA_DIR / name / "prepare.py").is_file()
@@ -68,7 +78,16 @@ class Dataset:
         self.vocab_size = self.meta["vocab_size"]
         # What a checkpoint keeps, so that it can be sampled by itself
         self.tokenizer = {k: self.meta[k] for k in ("tokenizer", "chars") if k in self.meta}
-        self.tokens = {split: self._open(split) for split in ("train", "val")}
+        held = held_splits(self.folder)
+        if held == ("test",) and "train" in splits:
+            raise UserError(f"dataset={name} is for evaluation only; choose another --dataset")
+        for split in splits:
+            if held and split not in held:
+                raise UserError(
+                    f"{self.folder} has no {split} split, only {', '.join(held)}; choose of these, "
+                    f"or prepare the data again with  {self.repair}"
+                )
+        self.tokens = {split: self._open(split) for split in splits}
 
     def _open(self, split: str) -> np.ndarray:
         path = self.folder / f"{split}.bin"
@@ -153,6 +172,13 @@ def known_datasets() -> str:
     return ", ".join(sorted(p.parent.name for p in DATA_DIR.glob("*/prepare.py")))
 
 
+def held_splits(folder: Path) -> tuple[str, ...]:
+    """The splits that a data set's meta.json tells of, or else those that it has a file of."""
+    meta = read_meta(folder)
+    told = tuple(split for split in SPLITS if f"{split}_tokens" in meta)
+    return told or tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
+
+
 def read_meta(folder: Path) -> dict:
     """The metadata of a data set: of meta.json, of nanoGPT's meta.pkl, or what bins alone imply."""
     if (path := folder / "meta.json").is_file():
@@ -169,8 +195,9 @@ def read_meta(folder: Path) -> dict:
     vocab_size = meta.get("vocab_size")
     if not (type(vocab_size) is int and 0 < vocab_size <= fits):
         raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
-    if any(type(meta.get(f"{split}_tokens", 0)) is not int for split in ("train", "val")):
-        raise UserError(f"{path} needs whole numbers as train_tokens and val_tokens")
+    for split, unit in itertools.product(SPLITS, ("tokens", "bytes", "words", "lines")):
+        if type(meta.get(key := f"{split}_{unit}", 0)) is not int:
+            raise UserError(f"{path} needs a whole number as {key}; prepare the data again")
     known = {"char": len(str(meta.get("chars", ""))), "gpt2": 50257, None: vocab_size}
     tokenizer = meta.get("tokenizer")
     if not isinstance(tokenizer, str | None) or known.get(tokenizer) != vocab_size:

@@ -1,12 +1,15 @@
 """
 What the prepare.py scripts share: command line, reading text, downloads, writing a data set.
 
-Text travels as a stream of pieces, ("train" or "val", text), so that nothing is ever held whole.
-A piece begins where GPT-2's tokens may be cut: to encode pieces or the whole text is the same.
+Text travels as a stream of pieces, ("train", "val" or "test", text), so that nothing is ever held
+whole. A piece begins where GPT-2's tokens may be cut: to encode pieces or the whole text is the
+same.
 """
 
 import argparse
+import collections
 import contextlib
+import functools
 import hashlib
 import http.client
 import itertools
@@ -17,7 +20,7 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,15 +28,19 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
+from dataset import SPLITS
 from runtime import HUB, reachable
 from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
 
 CHUNK = 2**20  # characters or bytes read, and characters encoded, at a time
 OFFLINE = "on a machine that is offline, pass --input FILE (text or .jsonl)"
 
-# Everything before the last line break that a word follows. To cut there changes no token, since in
-# GPT-2's pattern such a line break stands alone. ('<' may begin END_OF_TEXT, where it does not.)
-WHOLE_LINES = re.compile(r".*(?=\n[^\s<])", re.DOTALL)
+# Everything before the last line break that a word follows, or a space and a word. To cut there
+# changes no token: such a line break stands alone by GPT-2's pattern, or at least by its merges, of
+# which only "\n\n" joins line breaks and spaces. ('<' may begin END_OF_TEXT, where it does not.)
+WHOLE_LINES = re.compile(r".*(?=\n[^\s<]|(?<!\n)\n [^\s<])", re.DOTALL)
+
+IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one
 
 Pieces = Iterable[tuple[str, str]]
 
@@ -46,8 +53,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(script: str, doc: str, input_required: bool = False, num_proc: bool = False):
-    """The command line of a prepare.py: `input` (list of paths), `out`, and `num_proc` if wanted.
+def _positive(text: str) -> int:
+    if not 1 <= (value := float(text)) < 1e15:
+        raise argparse.ArgumentTypeError(f"{text} is impossible; it must be from 1 to 1e15")
+    return int(value)
+
+
+def parse_args(
+    script: str,
+    doc: str,
+    input_required: bool = False,
+    num_proc: bool = False,
+    raw: bool = False,
+    tokens: int = 0,
+):
+    """The command line of a prepare.py: `input` (list of paths), `out`, and, if wanted, `num_proc`,
+    `raw`, and `tokens` with that default.
 
     Raises UserError for an option that isn't understood and a file that isn't there.
     """
@@ -71,7 +92,7 @@ def parse_args(script: str, doc: str, input_required: bool = False, num_proc: bo
         type=Path,
         default=Path(script).parent,
         metavar="DIR",
-        help="where train.bin, val.bin and meta.json go (default: %(default)s)",
+        help="where the .bin files and meta.json go (default: %(default)s)",
     )
     if num_proc:
         parser.add_argument(
@@ -80,6 +101,20 @@ def parse_args(script: str, doc: str, input_required: bool = False, num_proc: bo
             default=os.cpu_count(),
             metavar="N",
             help="threads and processes to use (default: %(default)s)",
+        )
+    if raw:
+        parser.add_argument(
+            "--raw",
+            action="store_true",
+            help="leave the text as it is, with its words and punctuation apart",
+        )
+    if tokens:
+        parser.add_argument(
+            "--tokens",
+            type=_positive,
+            default=tokens,
+            metavar="N",
+            help="about how many tokens of training to take, such as 1e8 (default: %(default)s)",
         )
     args = parser.parse_args()
     for path in args.input:
@@ -93,13 +128,20 @@ def parse_args(script: str, doc: str, input_required: bool = False, num_proc: bo
 # ---- reading ----
 
 
-def read_files(paths: list[Path], end: str, every: int = 10) -> Iterator[tuple[str, str]]:
+def read_files(
+    paths: list[Path], end: str, every: int = 10, own_splits: bool = False
+) -> Iterator[tuple[str, str]]:
     """The pieces of text files and of .jsonl files; one part in `every` is validation.
 
     Of a plain text it is the end (the last tenth, by characters); of .jsonl documents it is the
     first and each `every`-th after it. `end` is put after each document, and between plain texts.
+    With `own_splits`, three files are the training, validation and test split, each whole.
     Raises UserError for a file that is not UTF-8 or not such .jsonl.
     """
+    if own_splits and len(paths) == 3:
+        for split, path in zip(SPLITS, paths, strict=True):
+            yield from ((split, text) for _, text in read_files([path], end, every=1))
+        return
     jsonl = [path for path in paths if path.suffix == ".jsonl"]
     plain = [path for path in paths if path.suffix != ".jsonl"]
     yield from split_documents((d for path in jsonl for d in read_jsonl(path)), end, every)
@@ -135,25 +177,30 @@ def read_jsonl(path: Path) -> Iterator[str]:
 
 def read_text(path: Path, every: int) -> Iterator[tuple[str, str]]:
     with open_text(path) as file:
-        length = sum(len(chunk) for chunk in iter(lambda: file.read(CHUNK), ""))
+        length = sum(map(len, chunks(file)))
     train_left = length * (every - 1) // every
     with open_text(path) as file:
-        for piece in whole_lines(file):
+        for piece in whole_lines(chunks(file)):
             yield "train", piece[:train_left]
             yield "val", piece[train_left:]
             train_left = max(0, train_left - len(piece))
 
 
-def whole_lines(file) -> Iterator[str]:
-    """The text of a file in strings of about CHUNK characters, each cut as WHOLE_LINES finds it (or
-    anywhere, in a text that has no such place)."""
+def chunks(file) -> Iterator[str]:
+    return iter(lambda: file.read(CHUNK), "")
+
+
+def whole_lines(parts: Iterable[str]) -> Iterator[str]:
+    """The text of `parts`, in strings of about CHUNK characters, each cut as WHOLE_LINES finds it
+    (or anywhere, in a text that has no such place)."""
     rest = ""
-    while chunk := file.read(CHUNK):
-        rest += chunk
-        lines = WHOLE_LINES.match(rest)
-        cut = (lines and lines.end()) or len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
+    for part in parts:
+        rest += part
+        if len(rest) >= CHUNK:
+            lines = WHOLE_LINES.match(rest)
+            cut = (lines and lines.end()) or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
     yield rest
 
 
@@ -179,6 +226,8 @@ def prepare_files(
     source: str | None = None,
     every: int = 10,
     num_proc: int = 1,
+    own_splits: bool = False,
+    detokenize: Callable[[str], str] | None = None,
 ) -> None:
     """Make a data set of text and .jsonl files; `tokenizer` is "char" or "gpt2".
 
@@ -186,13 +235,14 @@ def prepare_files(
     line or with END_OF_TEXT. Split as in `read_files`; raises as it and `write_dataset` do.
     """
     end = {"char": "\n\n", "gpt2": END_OF_TEXT}[tokenizer]
-    if tokenizer == "gpt2":
-        encoder = GPT2Tokenizer()
-    else:
-        encoder = char_tokenizer(read_files(paths, end, every))
+    read = functools.partial(read_files, paths, end, every, own_splits)
+    encoder = GPT2Tokenizer() if tokenizer == "gpt2" else char_tokenizer(read())
     source = source or ", ".join(path.name for path in paths)
     size = sum(path.stat().st_size for path in paths)
-    write_dataset(out, encoder, read_files(paths, end, every), source, size, num_proc)
+    facts = {}
+    if tokenizer == "gpt2" and all(path.suffix == ".jsonl" for path in paths):
+        facts["documents"] = True
+    write_dataset(out, encoder, read(), source, size, num_proc, detokenize, **facts)
 
 
 def char_tokenizer(pieces: Pieces) -> CharTokenizer:
@@ -210,60 +260,78 @@ def write_dataset(
     source: str,
     size: int = 0,
     num_proc: int = 1,
+    detokenize: Callable[[str], str] | None = None,
+    **facts: bool,
 ) -> None:
-    """Write out/train.bin, out/val.bin (raw little-endian ids) and out/meta.json, and say so.
+    """Write a .bin of raw little-endian ids for each split, and meta.json, and say so.
 
+    There must be a training and a validation split, unless all is "test": for evaluation only.
     `size` is about how many characters will come, for the progress bar and to see beforehand that
-    the disk has room; `num_proc` threads encode. All three files are written to a temporary folder
-    and renamed when they are whole, meta.json last: whatever happens before, Ctrl-C included, what
-    was in `out` stays. Raises UserError for an empty split, an id that the vocabulary or the dtype
-    has no room for, and a disk that is full or can't be written.
+    the disk has room; `num_proc` threads encode. `detokenize` changes the text before that, many
+    whole lines at a time. meta.json says how long each split is: in tokens, in UTF-8 bytes of what
+    was encoded, and in words and lines of the text before `detokenize`; END_OF_TEXT is a token and
+    nothing else. And it has the `facts`, for evaluation: `documents`, each ended by END_OF_TEXT,
+    are to be evaluated each for itself, and of each only the `last_word`.
+
+    All files are written to a temporary folder and renamed when they are whole, meta.json last:
+    whatever happens before, Ctrl-C included, what was in `out` stays. Raises UserError for an empty
+    split, an id that the vocabulary or the dtype has no room for, and a disk that is full or can't
+    be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     check_disk((out, size // tokenizer.chars_per_token * dtype.itemsize))
     meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name, **tokenizer.meta()}
     with temporary_folder(out) as folder:
-        with (
-            TokenFile(folder / "train.bin", dtype, tokenizer.vocab_size) as train,
-            TokenFile(folder / "val.bin", dtype, tokenizer.vocab_size) as val,
-        ):
-            files = {"train": train, "val": val}
-            for split, ids in encode(pieces, tokenizer, size, num_proc):
-                files[split].append(ids)
-        for split, file in files.items():
-            if file.tokens == 0:
+        with contextlib.ExitStack() as stack:
+            files = {
+                split: stack.enter_context(TokenFile(folder / f"{split}.bin", dtype, tokenizer))
+                for split in SPLITS
+            }
+            for split, original, text, ids in encode(pieces, tokenizer, size, num_proc, detokenize):
+                files[split].append(original, text, ids)
+        splits = [split for split in SPLITS if files[split].tokens]
+        for split in ("train", "val"):
+            if split not in splits and splits != ["test"]:
                 raise UserError(
                     f"{split}.bin would be empty: {source} is too short; give more text"
                 )
-            meta |= {f"{split}_tokens": file.tokens, f"{split}_sha256": file.sha256.hexdigest()}
-        meta["source"] = source
+        for split in splits:
+            meta |= {f"{split}_{unit}": n for unit, n in files[split].meta().items()}
+        meta |= facts | {"source": source}
         with open(folder / "meta.json", "w", encoding="utf-8") as file:
             file.write(json.dumps(meta, indent=1) + "\n")
             flush_to_disk(file)
-        for name in ("train.bin", "val.bin", "meta.json"):
+        for name in (*(f"{split}.bin" for split in splits), "meta.json"):
             os.replace(folder / name, out / name)
-    for split in files:
+    for split in splits:
         print(f"{split}: {meta[f'{split}_tokens']:,} tokens in {out / split}.bin")
 
 
-def encode(pieces: Pieces, tokenizer, size: int, num_proc: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, ids) of the pieces, in order, encoded by threads while a progress bar shows."""
+def encode(pieces: Pieces, tokenizer, size: int, num_proc: int, detokenize) -> Iterator[tuple]:
+    """(split, original, text, ids) of the pieces, in order, the text detokenized and its ids found
+    by threads while a progress bar shows."""
+
+    def work(text):
+        text = detokenize(text) if detokenize else text
+        return text, tokenizer.encode(text)
+
     blocks = join_pieces(pieces)
-    with (
-        ThreadPoolExecutor(num_proc) as pool,
-        progress_bar(size, "char") as progress,
-    ):
-        while group := list(itertools.islice(blocks, 2 * num_proc)):
-            all_ids = pool.map(tokenizer.encode, [text for _, text in group])
-            for (split, text), ids in zip(group, all_ids, strict=True):
-                yield split, ids
-                progress.update(len(text))
+    waiting = collections.deque()
+    with ThreadPoolExecutor(num_proc) as pool, progress_bar(size, "char") as progress:
+        while True:
+            for split, text in itertools.islice(blocks, 2 * num_proc - len(waiting)):
+                waiting.append((split, text, pool.submit(work, text)))
+            if not waiting:
+                return
+            split, original, done = waiting.popleft()
+            yield split, original, *done.result()
+            progress.update(len(original))
 
 
 def join_pieces(pieces: Pieces) -> Iterator[tuple[str, str]]:
     """The pieces, joined to about CHUNK characters, which are quicker to encode than many short."""
-    waiting = {"train": [], "val": []}
-    length = {"train": 0, "val": 0}
+    waiting = {split: [] for split in SPLITS}
+    length = dict.fromkeys(SPLITS, 0)
     for split, text in pieces:
         waiting[split].append(text)
         length[split] += len(text)
@@ -275,16 +343,19 @@ def join_pieces(pieces: Pieces) -> Iterator[tuple[str, str]]:
 
 
 class TokenFile:
-    """A file of token ids that is being written: `tokens` counts them, `sha256` is of its bytes."""
+    """A file of token ids that is being written, and what there is to tell of it."""
 
-    def __init__(self, path: Path, dtype: np.dtype, vocab_size: int):
+    def __init__(self, path: Path, dtype: np.dtype, tokenizer: CharTokenizer | GPT2Tokenizer):
         self.dtype = dtype
-        self.largest = min(vocab_size - 1, np.iinfo(dtype).max)
-        self.tokens = 0
-        self.sha256 = hashlib.sha256()
+        self.largest = min(tokenizer.vocab_size - 1, np.iinfo(dtype).max)
+        self.has_eot = hasattr(tokenizer, "eot")
+        self.tokens = self.bytes = self.words = self.lines = 0
+        self._spaced = True  # so the first word begins, as one does after a space
+        self._sha256 = hashlib.sha256()
         self._file = open(path, "wb")
 
-    def append(self, ids: np.ndarray) -> None:
+    def append(self, original: str, text: str, ids: np.ndarray) -> None:
+        """Write the ids of `text`, which was made of `original`, and count all three."""
         if ids.size and not (0 <= ids.min() and ids.max() <= self.largest):
             raise UserError(
                 f"the tokenizer gave ids from {ids.min()} to {ids.max()}, but the vocabulary and "
@@ -292,8 +363,21 @@ class TokenFile:
             )
         data = ids.astype(self.dtype).tobytes()
         self._file.write(data)
-        self.sha256.update(data)
+        self._sha256.update(data)
         self.tokens += len(ids)
+        if self.has_eot:
+            original = original.replace(END_OF_TEXT, " ")
+            text = text.replace(END_OF_TEXT, "")
+        self.bytes += len(text.encode("utf-8", "replace"))
+        self.lines += original.count("\n")
+        codes = np.frombuffer(original.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        spaced = np.append(self._spaced, IS_SPACE[np.minimum(codes, 0x3001)])
+        self.words += int(np.count_nonzero(spaced[:-1] > spaced[1:]))
+        self._spaced = spaced[-1]
+
+    def meta(self) -> dict:
+        counts = {unit: getattr(self, unit) for unit in ("tokens", "bytes", "words", "lines")}
+        return {**counts, "sha256": self._sha256.hexdigest()}
 
     def __enter__(self):
         return self
@@ -399,15 +483,11 @@ def prepare_tiny_shakespeare(paths: list[Path], out: Path, tokenizer: str) -> No
         prepare_files([text], out, tokenizer, source=url)
 
 
-def load_hub(name: str, **options):
-    """A DatasetDict from the Hugging Face hub, or from its cache on this machine. Raises UserError
-    if the data set is in neither, or `datasets` is not installed."""
-    if not reachable(HUB):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # look into the cache at once, without retries
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong in reading data set `name` from the hub into a UserError."""
     try:
-        import datasets
-
-        return datasets.load_dataset(name, **options)
+        yield
     except Exception as error:  # of any of the libraries that take part
         raise UserError(
             f"{name} can't be had from the Hugging Face hub ({type(error).__name__}: {error}); "
@@ -415,16 +495,72 @@ def load_hub(name: str, **options):
         ) from error
 
 
-def hub_need(name: str, size: int) -> tuple[Path, int]:
+def load_hub(name: str, *config: str, **options):
+    """A DatasetDict, or what else `options` of datasets.load_dataset make, from the Hugging Face
+    hub, or from its cache on this machine. Raises UserError if the data set is in neither, or
+    `datasets` is not installed."""
+    if not reachable(HUB):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # look into the cache at once, without retries
+    with hub_errors(name):
+        import datasets
+
+        return datasets.load_dataset(name, *config, **options)
+
+
+def hub_need(name: str, size: int, config: str = "") -> tuple[Path, int]:
     """For `check_disk`: the hub's cache, and `size`, or 0 if the data set is there already."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    there = any((cache / "datasets" / name.replace("/", "___")).rglob("*.arrow"))
+    owner, name = name.split("/")
+    folder = f"{owner}___{re.sub('(?<=[a-z])(?=[A-Z])', '_', name).lower()}"  # as `datasets` does
+    there = any((cache / "datasets" / folder / config).rglob("*.arrow"))
     return cache, 0 if there else size
 
 
-def hub_documents(train, val) -> Iterator[tuple[str, str]]:
-    """Pieces of two `datasets.Dataset`s: their "text" column, each text ended by END_OF_TEXT."""
-    for split, dataset in (("train", train), ("val", val)):
-        for batch in dataset.select_columns("text").iter(batch_size=1000):
-            for text in batch["text"]:
-                yield split, text + END_OF_TEXT
+def hub_texts(table, column: str = "text") -> Iterator[str]:
+    """One column of a `datasets.Dataset`."""
+    for batch in table.select_columns(column).iter(batch_size=1000):
+        yield from batch[column]
+
+
+def hub_documents(**tables) -> Iterator[tuple[str, str]]:
+    """Pieces of `datasets.Dataset`s, by split: their texts, each ended by END_OF_TEXT."""
+    for split, table in tables.items():
+        for text in hub_texts(table):
+            yield split, text + END_OF_TEXT
+
+
+def prepare_corpus(
+    args,
+    name: str,
+    *config: str,
+    size: int,
+    detokenize: Callable[[str], str],
+    column: str = "text",
+    line: Callable[[str], str],
+    **options,
+) -> None:
+    """Make a data set of words that stand apart, in three splits, as WikiText and the Penn Treebank
+    come: of args.input, or of a column of hub data set `name`, each row made a `line`.
+
+    `size` is about how many characters there are in all."""
+    detokenize = None if args.raw else detokenize
+    if args.input:
+        prepare_files(
+            args.input,
+            args.out,
+            "gpt2",
+            num_proc=args.num_proc,
+            own_splits=True,
+            detokenize=detokenize,
+        )
+        return
+    tokenizer = GPT2Tokenizer()
+    check_disk(hub_need(name, 2 * size, *config), (args.out, size // 2))
+    tables = load_hub(name, *config, **options)
+    pieces = (
+        (split, text)
+        for split, there in zip(SPLITS, ("train", "validation", "test"), strict=True)
+        for text in whole_lines(map(line, hub_texts(tables[there], column)))
+    )
+    source = " ".join((name, *config))
+    write_dataset(args.out, tokenizer, pieces, source, size, args.num_proc, detokenize)

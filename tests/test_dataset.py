@@ -99,6 +99,12 @@ def _(folder):
     (folder / "meta.json").write_text('{"vocab_size": 5, "dtype": "float32"}')
 
 
+@damage("whole number as test_bytes")
+def _(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"test_bytes": "5"}))
+
+
 @damage("vocab_size that fits")
 def _(folder):
     (folder / "meta.json").write_text('{"vocab_size": 70000, "dtype": "uint16"}')
@@ -182,6 +188,48 @@ def test_a_fingerprint_tells_files_apart_and_checks_the_hash_in_meta_json(data_d
     (data_dir / "abc" / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="SHA-256 differs"):
         Dataset("abc", data_dir).fingerprint()
+
+
+def give_test_split(folder):
+    """Let `folder` be for evaluation only."""
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "train.bin").unlink()
+    (folder / "val.bin").rename(folder / "test.bin")
+    tokens = meta.pop("train_tokens") and meta.pop("val_tokens")
+    (folder / "meta.json").write_text(json.dumps({**meta, "test_tokens": tokens}))
+
+
+def test_splits_are_those_of_meta_json_or_else_the_files(data_dir):
+    folder = data_dir / "abc"
+    (folder / "test.bin").write_bytes(b"\0\0")  # an older one, that meta.json tells nothing of
+    assert dataset.held_splits(folder) == ("train", "val")
+    (folder / "meta.json").unlink()
+    assert dataset.held_splits(folder) == ("train", "val", "test")
+
+
+def test_any_split_is_opened_by_itself_with_its_checks(data_dir):
+    give_test_split(data_dir / "abc")
+    data = Dataset("abc", data_dir, splits=("test",))
+    assert dataset.held_splits(data.folder) == ("test",)
+    assert data.tokens.keys() == data.fingerprint().keys() == {"test"}
+    with pytest.raises(UserError, match="test.bin has"):
+        data.check_length(len(data.tokens["test"]))
+    (data_dir / "abc" / "test.bin").write_bytes(b"\0\0")
+    with pytest.raises(UserError, match="test.bin is damaged"):
+        Dataset("abc", data_dir, splits=("test",))
+
+
+def test_a_data_set_for_evaluation_is_not_for_training(data_dir):
+    give_test_split(data_dir / "abc")
+    with pytest.raises(UserError, match="abc is for evaluation only; choose another --dataset"):
+        Dataset("abc", data_dir)
+    with pytest.raises(UserError, match="no val split, only test; choose"):
+        Dataset("abc", data_dir, splits=("val",))
+
+
+def test_a_missing_split_is_told_with_those_that_are_there(data_dir):
+    with pytest.raises(UserError, match="no test split, only train, val; choose"):
+        Dataset("abc", data_dir, splits=("train", "test"))
 
 
 def test_a_file_that_ends_in_zeros_was_not_written_to_its_end(data_dir):

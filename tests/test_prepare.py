@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from data import common
+from data import common, detokenize
 from dataset import Dataset
 from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
@@ -92,8 +92,14 @@ def test_meta_tells_what_the_files_hold(tmp_path):
         "tokenizer": "char",
         "chars": "\nabc",
         "train_tokens": 8,
-        "val_tokens": 3,
+        "train_bytes": 8,
+        "train_words": 2,
+        "train_lines": 1,
         "train_sha256": digests["train"].hexdigest(),
+        "val_tokens": 3,
+        "val_bytes": 3,
+        "val_words": 1,
+        "val_lines": 0,
         "val_sha256": digests["val"].hexdigest(),
         "source": "a test",
     }
@@ -132,13 +138,15 @@ def test_an_empty_split_is_an_error(tmp_path, split):
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupted_preparation_leaves_what_was_there(tmp_path, monkeypatch, trouble, before):
     if before:
-        common.write_dataset(tmp_path, CharTokenizer("ab"), [("train", "a"), ("val", "b")], "old")
+        pieces = [("train", "a"), ("val", "b"), ("test", "a")]
+        common.write_dataset(tmp_path, CharTokenizer("ab"), pieces, "old")
     old = contents(tmp_path)
 
     def pieces():
         yield "train", "ccc"
         yield "val", "ccc"
-        assert len(contents(tmp_path)) == len(old) + 2  # it is in the middle of writing
+        yield "test", "ccc"
+        assert len(contents(tmp_path)) == len(old) + 3  # it is in the middle of writing
         raise trouble
 
     monkeypatch.setattr(common, "CHUNK", 1)
@@ -163,6 +171,94 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another with --out"):
         common.write_dataset(tmp_path / "file" / "new", CharTokenizer("a"), [], "a test")
+
+
+@pytest.mark.parametrize(
+    "text", ["to be\u2003or  not\n\nto be", " to be", "to be ", "", "é\u00a0\x1c"]
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_words_and_bytes_are_counted_across_pieces(tmp_path, monkeypatch, text, size):
+    monkeypatch.setattr(common, "CHUNK", 1)
+    pieces = [("train", text[i : i + size]) for i in range(0, len(text), size)]
+    pieces = [("val", "a b"), *pieces, ("train", "end"), ("val", "c")]
+    common.write_dataset(tmp_path, CharTokenizer("".join(sorted({*text, *"abcend "}))), pieces, "-")
+    meta, train, _ = read(tmp_path)
+    assert train == text + "end" and meta["train_bytes"] == len(train.encode())
+    assert (meta["train_words"], meta["val_words"]) == (len(train.split()), 2)
+    assert meta["train_lines"] == text.count("\n")
+
+
+def test_end_of_text_is_a_token_and_neither_bytes_nor_a_word(tmp_path, gpt2_files):
+    pieces = [("test", "to be<|endoftext|>"), ("test", "or\ud800<|endoftext|>not")]
+    common.write_dataset(tmp_path, GPT2Tokenizer(), pieces, "a test", documents=True)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["documents"] is True and meta["test_words"] == 4
+    assert meta["test_bytes"] == len("to beor?not") and meta["test_tokens"] == 7
+
+
+def test_end_of_text_is_text_where_it_is_not_a_token(tmp_path):
+    pieces = [("test", "<|endoftext|>")]
+    common.write_dataset(tmp_path, CharTokenizer("".join(sorted(set(pieces[0][1])))), pieces, "-")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["test_tokens"] == meta["test_bytes"] == 13 and meta["test_words"] == 1
+
+
+def test_words_are_those_before_detokenizing_and_bytes_those_after(tmp_path):
+    pieces = [("test", " it 's \n"), ("test", " so \n")]
+    tokenizer = CharTokenizer("\n 'iost")
+    common.write_dataset(tmp_path, tokenizer, pieces, "a test", detokenize=detokenize.ptb)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert from_meta(meta).decode(read_ids(tmp_path, "test")) == "it's\nso\n"
+    assert (meta["test_words"], meta["test_lines"], meta["test_bytes"]) == (3, 2, 8)
+
+
+def test_a_data_set_may_have_a_third_split_or_nothing_else(tmp_path):
+    tokenizer, pieces = CharTokenizer("ab"), [("test", "ab"), ("train", "a"), ("val", "b")]
+    common.write_dataset(tmp_path / "three", tokenizer, pieces, "a test")
+    assert Dataset("three", tmp_path, ("val", "test")).tokens["test"].tolist() == [0, 1]
+    common.write_dataset(tmp_path / "one", tokenizer, pieces[:1], "a test")
+    assert sorted(contents(tmp_path / "one")) == ["meta.json", "test.bin"]
+    with pytest.raises(UserError, match="one is for evaluation only"):
+        Dataset("one", tmp_path)
+    with pytest.raises(UserError, match="val.bin would be empty"):
+        common.write_dataset(tmp_path / "two", tokenizer, pieces[:2], "a test")
+
+
+# ---- detokenizers ----
+
+WIKITEXT = {  # as it comes, and as it is made
+    " = = Career = = \n": "== Career ==\n",
+    " \n": "\n",
+    " a guest @-@ starring role for 1 @,@ 000 @.@ 5 , ( or 5 % of £ 9 ) . \n": (
+        "a guest-starring role for 1,000.5, (or 5% of £9).\n"
+    ),
+    ' " The Bill " , ( " Who ? " ) and " Herons . " \n': '"The Bill", ("Who?") and "Herons."\n',
+    " the actor 's , it 'd , I don 't ; from 1914 – 18 – at 10 : 30 : \n": (
+        "the actor's, it'd, I don't; from 1914–18 – at 10:30:\n"
+    ),
+    " the players ' cup ... <unk> 's , ' so ' / = x \n": (
+        "the players ' cup ... <unk>'s, ' so ' / = x\n"
+    ),
+    "already, (plain) 'text'; it's \"so\".\n": "already, (plain) 'text'; it's \"so\".\n",
+}
+PTB = {
+    " mr. <unk> is n't sure what they 'd do it 's early \n": (
+        "mr. <unk> isn't sure what they'd do it's early\n"
+    ),
+    " the banks ' profit rose N N to us$ N million c$ N \n": (
+        "the banks' profit rose N N to us$N million c$N\n"
+    ),
+    " the 'bank n'to $ NN # N \n": "the 'bank n'to $ NN #N\n",
+}
+
+
+@pytest.mark.parametrize("function, lines", [("wikitext", WIKITEXT), ("ptb", PTB)])
+def test_detokenizers_join_what_belongs_together(function, lines):
+    function = getattr(detokenize, function)
+    for line, wanted in lines.items():
+        assert function(line) == wanted
+        assert "".join(wanted.split()) == re.sub(r"\s|@(?=[-,.]@)|(?<=@[-,.])@", "", line)
+    assert function("".join(lines)) == "".join(lines.values())
 
 
 # ---- what is read ----
@@ -196,6 +292,22 @@ def test_several_texts_each_give_their_end_to_validation(tmp_path):
     assert read(tmp_path / "out")[1:] == ("a" * 9 + "\n\n" + "b" * 9 + "\n\n", "a\n\nb\n\n")
 
 
+def test_three_files_may_be_the_splits_themselves(tmp_path):
+    paths = [tmp_path / f"{split}.txt" for split in "abc"]
+    for path in paths:
+        path.write_text(path.stem * 10)
+    pieces = list(common.read_files(paths, end="", own_splits=True))
+    assert {split: text for split, text in pieces if text} == {
+        "train": "a" * 10,
+        "val": "b" * 10,
+        "test": "c" * 10,
+    }
+    assert {split for split, text in common.read_files(paths[:2], "", own_splits=True)} == {
+        "train",
+        "val",
+    }
+
+
 def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_text(tmp_path):
     (tmp_path / "my.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     pieces = common.read_files([tmp_path / "my.txt"], end="")
@@ -210,7 +322,8 @@ def test_a_text_without_line_breaks_is_read_in_bounded_memory(tmp_path, monkeypa
 
 
 def test_reading_in_pieces_changes_no_gpt2_token(tmp_path, monkeypatch, gpt2_files):
-    space = [" ", "\n", "\n\n", "\n\n\n", " \n", "\n ", "\t\n", "\n\u00a0", "\n\n<|endoftext|>\n"]
+    space = [" ", "\n", "\n\n", "\n\n\n", " \n", "\n ", " \n ", "\n\n ", "\u00a0\n ", "\t\n"]
+    space += ["\n\u00a0", "\n\n<|endoftext|>\n"]
     rng = np.random.default_rng(0)
     words = rng.choice(["to", "be", "'s", "!", "7", "<"], 3000)
     text = "".join(f"{word}{rng.choice(space)}" for word in words)
@@ -218,7 +331,7 @@ def test_reading_in_pieces_changes_no_gpt2_token(tmp_path, monkeypatch, gpt2_fil
     monkeypatch.setattr(common, "CHUNK", 60)
     tokenizer = GPT2Tokenizer()
     with common.open_text(tmp_path / "my.txt") as file:
-        pieces = list(common.whole_lines(file))
+        pieces = list(common.whole_lines(common.chunks(file)))
     assert len(pieces) > 100
     ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
     assert ids.tolist() == tokenizer.encode(text).tolist()
@@ -312,6 +425,16 @@ def test_an_unreachable_hub_is_one_line_at_once(tmp_path):
     assert "a/b" in done.stderr and "--input FILE" in done.stderr
 
 
+def run_with_hub(monkeypatch, name, tables, out, *args):
+    """Run a script's main here, with a hub that has `tables`; return what it asked the hub for."""
+    asked = []
+    monkeypatch.setattr(common, "load_hub", lambda *a, **options: asked.append(a) or tables)
+    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out={out}", "--num_proc=2", *args])
+    importlib.import_module(f"data.{name}.prepare").main()
+    return asked
+
+
 @pytest.mark.parametrize("name", ["openwebtext", "tinystories"])
 def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name):
     from datasets import Dataset as Table
@@ -321,17 +444,159 @@ def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name
     tables = {"train": Table.from_dict({"text": texts, "url": texts})}
     if name == "tinystories":
         tables["validation"] = Table.from_dict({"text": ["page -1", "page -2"]})
-    monkeypatch.setattr(common, "load_hub", lambda *args, **options: DatasetDict(tables))
-    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path), "--num_proc", "2"])
-    importlib.import_module(f"data.{name}.prepare").main()
-    _, train, val = read(tmp_path)
+    run_with_hub(monkeypatch, name, DatasetDict(tables), tmp_path)
+    meta, train, val = read(tmp_path)
+    assert meta["documents"] is True and meta["train_words"] + meta["val_words"] == 2 * (
+        2003 if name == "tinystories" else 2001
+    )
     train, val = (re.findall(r"(page -?\d+)<\|endoftext\|>", text) for text in (train, val))
     if name == "tinystories":
         assert (train, val) == (texts, ["page -1", "page -2"])
     else:  # 0.05% of the pages, drawn as nanoGPT draws them
         drawn = np.random.default_rng(2357).permutation(2001)
         assert (val, train) == tuple([texts[i] for i in part] for part in (drawn[:2], drawn[2:]))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("name", ["wikitext2", "wikitext103", "ptb"])
+def test_corpora_of_the_papers_are_the_same_from_the_hub_and_from_files(
+    tmp_path, monkeypatch, gpt2_files, name, raw
+):
+    from datasets import Dataset as Table
+    from datasets import DatasetDict
+
+    monkeypatch.setattr(common, "CHUNK", 200)
+    lines = [*PTB] if name == "ptb" else [" \n", *WIKITEXT, " = New = \n", " \n", " \n"]
+    lines = {"train": lines * 9, "validation": lines * 2, "test": lines}
+    column, row = ("sentence", str.strip) if name == "ptb" else ("text", lambda s: s.lstrip("\n"))
+    rows = {s: ["" if t == " \n" else row(t) for t in ts] for s, ts in lines.items()}
+    tables = DatasetDict({s: Table.from_dict({column: rows[s]}) for s in rows})
+    paths = [tmp_path / f"{split}.txt" for split in lines]
+    for path in paths:
+        path.write_text("".join(lines[path.stem]), encoding="utf-8")
+    args = ["--raw"] if raw else []
+    asked = run_with_hub(monkeypatch, name, tables, tmp_path / "hub", *args)
+    run_with_hub(monkeypatch, name, None, tmp_path / "file", *args, "--input", *map(str, paths))
+    assert asked[0][1:] == {"ptb": ()}.get(name, (f"wikitext-{name[8:]}-raw-v1",))
+
+    meta, train, _ = read(tmp_path / "hub")
+    test = from_meta(meta).decode(read_ids(tmp_path / "hub", "test"))
+    original = "".join(lines["test"])
+    change = (
+        (lambda text: text) if raw else detokenize.ptb if name == "ptb" else detokenize.wikitext
+    )
+    assert test == change(original) and train == change("".join(lines["train"]))
+    assert read_ids(tmp_path / "hub", "test").tolist() == from_meta(meta).encode(test).tolist()
+    assert meta["test_words"] == len(original.split()) and "documents" not in meta
+    assert meta["test_lines"] == len(lines["test"]) and meta["test_bytes"] == len(test.encode())
+    other = json.loads((tmp_path / "file" / "meta.json").read_text())
+    assert {**other, "source": meta["source"]} == meta
+
+
+def test_lambada_is_for_evaluation_of_last_words(tmp_path, monkeypatch, gpt2_files):
+    from datasets import Dataset as Table
+
+    texts = ["“Yes,” he said.\nHe saw the dog", "so it was"]
+    run_with_hub(monkeypatch, "lambada", {"test": Table.from_dict({"text": texts})}, tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert sorted(contents(tmp_path)) == ["meta.json", "test.bin"]
+    ids = read_ids(tmp_path, "test")
+    assert from_meta(meta).decode(ids) == "".join(text + "<|endoftext|>" for text in texts)
+    assert meta["documents"] is meta["last_word"] is True and meta["test_words"] == 10
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "b.txt").write_text("so it\n\nwas so \n")
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    run_with_hub(monkeypatch, "lambada", None, tmp_path / "more", "--input", *files)
+    more = GPT2Tokenizer().decode(read_ids(tmp_path / "more", "test"))
+    assert more.split("<|endoftext|>") == [*texts, "so it", "was so", ""]
+
+
+def web_pages(n, text="the page {} ends"):
+    return [{"text": text.format(i), "token_count": 5 + (i > 9)} for i in range(n)]
+
+
+@pytest.mark.parametrize("tokens, pages", [("1", 2), ("6", 2), ("7", 3), ("1e2", 17), ("1e9", 600)])
+def test_fineweb_is_streamed_up_to_the_tokens_that_are_wanted(
+    tmp_path, monkeypatch, gpt2_files, tokens, pages
+):
+    read_pages = []
+    stream = (read_pages.append(page) or page for page in web_pages(600))
+    args = ["--tokens", tokens]
+    asked = run_with_hub(monkeypatch, "fineweb_edu", stream, tmp_path, *args)
+    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT")]
+    meta, train, val = read(tmp_path)
+    assert len(read_pages) == pages and meta["documents"] is True
+    texts = [page["text"] + "<|endoftext|>" for page in web_pages(pages)]
+    assert val == texts[0] + "".join(texts[500:501])
+    assert train == "".join(texts[1:500] + texts[501:])
+
+
+def test_a_stream_that_breaks_off_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, gpt2_files):
+    def stream():
+        yield from web_pages(5)
+        raise ConnectionError("reset by peer")
+
+    with pytest.raises(UserError, match="fineweb-edu can't be had.*reset by peer.*--input FILE"):
+        run_with_hub(monkeypatch, "fineweb_edu", stream(), tmp_path / "out")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name, column, config, path",
+    [
+        ("wikitext2", "text", "wikitext-2-raw-v1", "{config}/{split}-00000-of-00001.parquet"),
+        ("wikitext103", "text", "wikitext-103-raw-v1", "{config}/{split}-00000-of-00002.parquet"),
+        ("ptb", "sentence", None, "penn_treebank/{split}/0000.parquet"),
+        ("lambada", "text", None, "default/{split}/0000.parquet"),
+        ("fineweb_edu", "text", "sample-10BT", "sample/10BT/{split}.parquet"),
+    ],
+)
+def test_parquet_that_lies_as_on_the_hub_is_found(
+    tmp_path, monkeypatch, gpt2_files, name, column, config, path
+):
+    from datasets import Dataset as Table
+
+    hub, load_hub = tmp_path / "hub", common.load_hub
+    splits = {"lambada": ["test"], "fineweb_edu": ["train"]}.get(
+        name, ["train", "validation", "test"]
+    )
+    paths = {split: path.format(config=config, split=split) for split in splits}
+    for split, place in paths.items():
+        for folder, text in ((hub, f"{split} "), (hub / "other", "other ")):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            rows = {column: [text] * 2, "token_count": [2, 2]}
+            Table.from_dict(rows).to_parquet(folder / place)
+    if config:  # the hub's README tells where each configuration has its files; JSON is YAML
+        files = [{"split": split, "path": place} for split, place in paths.items()]
+        configs = {"configs": [{"config_name": config, "data_files": files}]}
+        (hub / "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
+    elif name == "ptb":  # has no other
+        shutil.rmtree(hub / "other")
+    cache = {"cache_dir": tmp_path / "cache"}
+    local = lambda _, *args, **options: load_hub(str(hub), *args, **cache, **options)
+    monkeypatch.setattr(common, "load_hub", local)
+    monkeypatch.setattr(common, "check_disk", lambda *needs: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path / "out")])
+    importlib.import_module(f"data.{name}.prepare").main()
+    decode = GPT2Tokenizer().decode
+    written = {
+        path.stem: decode(read_ids(path.parent, path.stem)).replace("<|endoftext|>", " ").split()
+        for path in (tmp_path / "out").glob("*.bin")
+    }
+    assert written == {
+        "lambada": {"test": ["test"] * 2},
+        "fineweb_edu": {"train": ["train"], "val": ["train"]},
+    }.get(name, {"train": ["train"] * 2, "val": ["validation"] * 2, "test": ["test"] * 2})
+
+
+def test_room_for_the_hubs_cache_is_needed_until_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert common.hub_need("owner/TinyTales", 5) == (tmp_path, 5)
+    folder = tmp_path / "datasets" / "owner___tiny_tales" / "some-config" / "0.0.0"
+    folder.mkdir(parents=True)
+    (folder / "train.arrow").touch()
+    assert common.hub_need("owner/TinyTales", 5, "some-config") == (tmp_path, 0)
+    assert common.hub_need("owner/TinyTales", 5, "other-config") == (tmp_path, 5)
 
 
 # ---- the scripts ----
@@ -355,6 +620,8 @@ def test_every_script_tells_its_commands_and_takes_input(name):
         ("char", ["--input", "good.txt", "--ou", "x"], "--ou x"),
         ("openwebtext", ["--num_proc", "0"], "at least 1"),
         ("tinystories", ["--num_proc", "x"], "--num_proc"),
+        ("fineweb_edu", ["--tokens", "inf"], "--tokens: inf is impossible"),
+        ("fineweb_edu", ["--tokens", "many"], "--tokens"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, name, args, told):
