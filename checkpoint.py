@@ -241,8 +241,8 @@ def load(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
 
-    checkpoint = {"config": {}, "data": {}, **checkpoint}
-    for key in ("model", "model_args", "config", "data"):
+    checkpoint = {"config": {}, "data": {}, "tokenizer": {}, **checkpoint}
+    for key in ("model", "model_args", "config", "data", "tokenizer"):
         if not isinstance(checkpoint[key], dict):
             raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
     if type(checkpoint.get("iter_num", 0)) is not int:

@@ -304,6 +304,8 @@ class GPTConfig:
 
 # What decides, beside GPT-2's own keys, which function the weights compute
 ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
+# OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 class LayerNorm(nn.Module):
@@ -559,15 +561,13 @@ class GPT(nn.Module):
             raise ValueError(f"{model_type!r} can't be loaded: {error}") from error
 
         model = cls(config)
-        # OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
-        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         ours = model.state_dict()
         with torch.no_grad():
             for name, weight in ours.items():
                 if ".lora_" in name:
                     continue  # new
                 source = state[name]
-                weight.copy_(source.t() if name.endswith(conv1d) else source)
+                weight.copy_(source.t() if name.endswith(TRANSPOSED) else source)
         return model
 
     @staticmethod

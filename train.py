@@ -41,6 +41,7 @@ from distill import Matching
 from divergence import where_it_began
 from model import GPT, GPTConfig, choose
 from runlog import RunLog
+from tokenizer import meta_of_folder
 
 
 @dataclass
@@ -294,7 +295,7 @@ def build_model(
                 f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
                 "gpt2-large, gpt2-xl, or the folder or hub name of such a model"
             ) from error
-        known_as = {"tokenizer": "gpt2"}
+        known_as = meta_of_folder(path)
 
     for key in ARCHITECTURE:
         has, asked = getattr(model.config, key), given.get(key)

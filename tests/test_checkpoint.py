@@ -228,6 +228,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         (lambda c: c["model_args"].update(dropout="x"), "dropout"),
         (lambda c: c["model_args"].update(pa_length=-3), "pa_length"),
         (lambda c: c.update(config=[1]), "config must be"),
+        (lambda c: c.update(tokenizer="char"), "tokenizer must be"),
         (lambda c: c["model"].pop("lm_head.weight"), "lm_head.weight"),
         (lambda c: c["model"].update({"lm_head.weight": torch.ones(11, 16).int()}), "lm_head"),
         (lambda c: c["model"].update({"lm_head.weight": 3}), "lm_head.weight"),
