@@ -218,9 +218,9 @@ def load_newest(folder: Path) -> tuple[dict, Path, str | None]:
 def load(path: Path) -> dict:
     """Read a checkpoint of this project or of nanoGPT onto the CPU.
 
-    Its state dict comes back without the prefixes that torch.compile and DDP leave, checked against
-    the shapes that model_args promise. Raises UserError if the file is missing, can't be read,
-    holds anything but plain data and tensors, or contradicts itself; Damaged if it is.
+    Its state dict comes back as this project would have written it (see `normalise`), checked
+    against the shapes that model_args promise. Raises UserError if the file is missing, can't be
+    read, holds anything but plain data and tensors, or contradicts itself; Damaged if it is.
     """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
@@ -241,19 +241,52 @@ def load(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
 
-    checkpoint = {"config": {}, "data": {}, **checkpoint}
-    for key in ("model", "model_args", "config", "data"):
+    checkpoint = {"config": {}, "data": {}, "tokenizer": {}, **checkpoint}
+    for key in ("model", "model_args", "config", "data", "tokenizer"):
         if not isinstance(checkpoint[key], dict):
             raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
     if type(checkpoint.get("iter_num", 0)) is not int:
         raise UserError(f"{path} is not a checkpoint: its iter_num must be a whole number")
 
-    prefixes = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile leave
-    checkpoint["model"] = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
+    normalise(checkpoint, path)
     if config_of(checkpoint, path).lora_rank and isinstance(checkpoint.get("base"), dict):
         checkpoint["model"] |= load_base(path.parent, checkpoint["base"])["model"]
     check_state(checkpoint["model"], config_of(checkpoint, path), path)
     return checkpoint
+
+
+def normalise(checkpoint: dict, path: Path) -> None:
+    """Bring model and model_args of a checkpoint that others wrote to the names used here.
+
+    Gone are the prefixes of torch.compile and DDP, the causal masks that old nanoGPTs kept, and a
+    fork's `add_lora` where nothing was added; adapters are a UserError. That fork's LayerNorms have
+    biases even with bias=False. If they are all zero, they go; else it becomes bias=True, with zero
+    biases for Linear: the logits are exactly the same, but an optimizer's state no longer fits.
+    """
+    prefixes = re.compile(r"^((module|_orig_mod)\.)+")
+    state = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
+    state = {
+        name: t
+        for name, t in state.items()
+        if not (name.endswith(".attn.bias") and getattr(t, "ndim", 0) == 4)  # (1, 1, T, T)
+    }
+    args = {k: v for k, v in checkpoint["model_args"].items() if k != "add_lora"}
+    if "lora_rank" not in args and any("lora" in name.lower() for name in state):
+        raise UserError(
+            f"{path} has LoRA adapters beside its weights, which can't be read here; merge them "
+            "into the weights with the code that trained them, and save it again"
+        )
+    biases = [name for name in state if name.endswith(".bias")]
+    fork = biases and all(re.search(r"\.ln_\w\.bias$", n) and is_plain(state[n]) for n in biases)
+    if fork and args.get("bias") is False:
+        if any(state[name].any() for name in biases):
+            args["bias"] = True
+            for name, t in list(state.items()):
+                if re.search(r"\.c_\w+\.weight$", name) and is_plain(t) and t.dim() == 2:
+                    state[name.replace("weight", "bias")] = t.new_zeros(()).expand(len(t))
+        else:
+            state = {name: t for name, t in state.items() if name not in biases}
+    checkpoint |= {"model": state, "model_args": args}
 
 
 def load_base(folder: Path, base: dict) -> dict:
@@ -303,6 +336,11 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
             raise UserError(
                 f"{path} is of another architecture: {name} is {got}, not {tuple(tensor.shape)}"
             )
+    if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+        raise UserError(
+            f"{path} is of another architecture: lm_head.weight and transformer.wte.weight differ, "
+            "which are one matrix here and in GPT-2"
+        )
 
 
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:

@@ -269,8 +269,9 @@ class GPTConfig:
         for name, below in (("dropout", 1), ("pa_length_power", 8)):
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < below:
                 raise ValueError(f"{name}={value!r} is not a number from 0 to below {below}")
-        if self.pa_length is not None and (type(self.pa_length) is not int or self.pa_length < 1):
-            raise ValueError(f"pa_length={self.pa_length!r} is not a positive whole number")
+        L = self.pa_length
+        if L is not None and not (type(L) is int and 1 <= L < 2**32):
+            raise ValueError(f"pa_length={L!r} is not a positive whole number below 2^32")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} is neither 'none' nor 'tanh'")
         if type(self.lora_rank) is not int or self.lora_rank < 0:
@@ -299,6 +300,12 @@ class GPTConfig:
         args = {k: v for k, v in asdict(self).items() if k in nanogpt or v != default[k]}
         args.pop("attn_impl", None)
         return args
+
+
+# What decides, beside GPT-2's own keys, which function the weights compute
+ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
+# OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 class LayerNorm(nn.Module):
@@ -501,12 +508,16 @@ class GPT(nn.Module):
     # What the scripts ask of it
 
     @classmethod
-    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
+    def from_pretrained(
+        cls, model_type: str, override_args: dict | None = None, pa_length: int | None = None
+    ) -> "GPT":
         """GPT-2 weights from transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the hub name
-        or local folder of any model of that architecture.
+        or local folder of any model of that architecture; export.py writes such folders.
 
-        `override_args` may hold dropout and what nanoGPT has not, such as attn_type. Raises OSError
-        if the weights can't be had, ValueError if the model is not a GPT-2 as this class has it.
+        `override_args` may hold dropout and what nanoGPT has not, such as attn_type; what it leaves
+        out is as in config.json, or else the default. `pa_length` is L if neither of them says it.
+        Raises OSError if the weights can't be had, ValueError if the model is not a GPT-2 as this
+        class has it.
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
@@ -521,13 +532,20 @@ class GPT(nn.Module):
             hf_config = AutoConfig.from_pretrained(
                 model_type, local_files_only=local, trust_remote_code=False
             )
-            config = cls._config_from_hf(hf_config, model_type, override_args)
+            kept = {k: getattr(hf_config, k) for k in ATTENTION_ARGS if hasattr(hf_config, k)}
+            args = {"pa_length": pa_length, **kept, **override_args}
+            config = cls._config_from_hf(hf_config, model_type, args)
             hf, info = GPT2LMHeadModel.from_pretrained(
                 model_type, local_files_only=local, output_loading_info=True
             )
             if info["missing_keys"] or info.get("mismatched_keys"):
                 raise ValueError(f"{model_type!r} lacks weights that its config.json promises")
             state = hf.state_dict()
+            if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+                raise ValueError(
+                    f"{model_type!r} has an output layer of its own (lm_head.weight); only models "
+                    "that share it with the token embeddings, as GPT-2 does, fit"
+                )
         except OSError as error:
             if Path(model_type).is_dir():
                 raise ValueError(f"{model_type!r} is not a whole model: {error}") from error
@@ -543,15 +561,13 @@ class GPT(nn.Module):
             raise ValueError(f"{model_type!r} can't be loaded: {error}") from error
 
         model = cls(config)
-        # OpenAI's checkpoints keep these matrices as (in, out); nn.Linear wants (out, in)
-        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         ours = model.state_dict()
         with torch.no_grad():
             for name, weight in ours.items():
                 if ".lora_" in name:
                     continue  # new
                 source = state[name]
-                weight.copy_(source.t() if name.endswith(conv1d) else source)
+                weight.copy_(source.t() if name.endswith(TRANSPOSED) else source)
         return model
 
     @staticmethod
@@ -565,7 +581,7 @@ class GPT(nn.Module):
             or not hf.scale_attn_weights
             or hf.scale_attn_by_inverse_layer_idx
             or hf.layer_norm_epsilon != 1e-5
-            or not hf.tie_word_embeddings
+            or hf.add_cross_attention
         ):
             raise ValueError(
                 f"{name!r} departs from GPT-2 (see its config.json) in a way not built here"

@@ -74,7 +74,7 @@ def load(
     """
     overrides = {"dropout": 0.0, **overrides}
     if init_from != "resume":
-        tokenizer = tokenizers.from_meta({"tokenizer": "gpt2"})  # first: it fails sooner
+        tokenizer = tokenizers.from_meta(tokenizers.meta_of_folder(init_from))  # it fails sooner
         try:
             model = GPT.from_pretrained(init_from, overrides).eval()
         except (OSError, ValueError) as error:
@@ -82,6 +82,13 @@ def load(
             raise UserError(f"{error}; init_from is {allowed}") from error
         return model, fitting(tokenizer, model, init_from)
 
+    loaded, path, meta = read_run(out_dir, checkpoint)
+    model = ckpt.build_model(loaded, path, **overrides).eval()
+    return model, fitting(tokenizers.from_meta(meta), model, path)
+
+
+def read_run(out_dir: str, checkpoint: str) -> tuple[dict, Path, dict]:
+    """A checkpoint of a run, its path, and what describes its tokenizer."""
     if Path(checkpoint).name != checkpoint:
         raise UserError(f"checkpoint={checkpoint!r} must be a file name inside out_dir")
     path = Path(out_dir) / checkpoint
@@ -89,8 +96,7 @@ def load(
     meta = loaded.get("tokenizer")
     if not meta:  # nanoGPT's checkpoints name their data set instead
         meta = read_meta(data_folder(str(loaded["config"].get("dataset", "openwebtext"))))
-    model = ckpt.build_model(loaded, path, **overrides).eval()
-    return model, fitting(tokenizers.from_meta(meta), model, path)
+    return loaded, path, meta
 
 
 def fitting(tokenizer, model: GPT, source: object):

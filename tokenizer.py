@@ -7,6 +7,7 @@ a checkpoint alone is enough to sample.
 """
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from configurator import UserError
 from runtime import reachable
 
 END_OF_TEXT = "<|endoftext|>"  # in any text for GPT-2, this is the one token that ends a document
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class CharTokenizer:
@@ -90,6 +92,16 @@ def from_meta(meta: dict) -> CharTokenizer | GPT2Tokenizer:
     )
 
 
+def meta_of_folder(folder: str | Path) -> dict:
+    """What describes the tokenizer of a model in transformers' format: what export.py has noted
+    there, or else that it is GPT-2's."""
+    try:
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return config["meta"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {"tokenizer": "gpt2"}
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
@@ -100,7 +112,7 @@ def _short(value: object, limit: int = 100) -> str:
 
 
 def _load_gpt2_encoding():
-    vocab_url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+    vocab_url = GPT2_URL + "vocab.bpe"
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
     folder = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     try:

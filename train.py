@@ -41,6 +41,7 @@ from distill import Matching
 from divergence import where_it_began
 from model import GPT, GPTConfig, choose
 from runlog import RunLog
+from tokenizer import meta_of_folder
 
 
 @dataclass
@@ -156,7 +157,8 @@ def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, 
     keys = {f.name for f in fields(Config)} - PER_LAUNCH
     if config.init_from != "resume":
         keys -= {"teacher", "distill_iters"}
-    saved = {k: v for k, v in source["config"].items() if k in keys}
+    described = {**source["config"], **source["model_args"]}  # the latter are the truth
+    saved = {k: v for k, v in described.items() if k in keys}
     for k, v in saved.items():
         saved[k] = configurator.convert(Config, k, v, f"{k}={v!r} in the config of {path}")
     config = Config(**{**saved, **given})
@@ -281,19 +283,19 @@ def build_model(
         model = ckpt.build_model(source, path, **overrides)
         known_as = source.get("tokenizer")
     else:
-        path, overrides = config.init_from, overrides_of(config)
-        overrides["pa_length"] = given.get("block_size")
+        path = config.init_from
+        overrides = {k: v for k, v in overrides_of(config).items() if k in given}
         if config.init_from == "distill":
             path, overrides = config.teacher, AS_TEACHER
         try:
             torch.manual_seed(config.seed)  # of adapters
-            model = GPT.from_pretrained(path, overrides)
+            model = GPT.from_pretrained(path, overrides, given.get("block_size"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
                 "gpt2-large, gpt2-xl, or the folder or hub name of such a model"
             ) from error
-        known_as = {"tokenizer": "gpt2"}
+        known_as = meta_of_folder(path)
 
     for key in ARCHITECTURE:
         has, asked = getattr(model.config, key), given.get(key)

@@ -8,7 +8,7 @@ import torch
 
 import checkpoint as ckpt
 from configurator import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LayerNorm
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=11, dropout=0.0)
 
@@ -31,9 +31,9 @@ def nanogpt_checkpoint(prefix="", **args):
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_checkpoint_of_nanogpt_loads(tmp_path, prefix, bias):
-    model, saved = nanogpt_checkpoint(prefix, bias=bias)
+@pytest.mark.parametrize("args", [{"bias": False}, {"bias": True}, {"vocab_size": 64}])
+def test_a_checkpoint_of_nanogpt_loads(tmp_path, prefix, args):
+    model, saved = nanogpt_checkpoint(prefix, **args)
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = ckpt.load(tmp_path / "ckpt.pt")
     again = ckpt.build_model(loaded, tmp_path / "ckpt.pt")
@@ -46,6 +46,56 @@ def test_a_checkpoint_of_nanogpt_loads(tmp_path, prefix, bias):
     state = optimizer.state_dict()["state"]
     for i, entry in saved["optimizer"]["state"].items():
         assert torch.equal(state[i]["exp_avg"], entry["exp_avg"])
+
+
+@pytest.mark.parametrize("shape", [{"n_layer": 6}, {"n_layer": 1, "n_head": 1}, {"n_embd": 48}])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_the_masks_of_old_nanogpts_are_dropped(tmp_path, shape, dtype):
+    model, saved = nanogpt_checkpoint("_orig_mod.", **shape)
+    for i in range(model.config.n_layer):
+        mask = torch.ones(8, 8, dtype=dtype).tril()[None, None]
+        saved["model"][f"_orig_mod.transformer.h.{i}.attn.bias"] = mask
+    assert same_logits(reloaded(saved, tmp_path), model)
+
+
+def reloaded(saved, folder):
+    torch.save(saved, folder / "ckpt.pt")
+    return ckpt.build_model(ckpt.load(folder / "ckpt.pt"), folder / "ckpt.pt")
+
+
+def same_logits(one, other):
+    idx = torch.randint(11, (2, 8))
+    return torch.equal(one(idx, idx)[0], other(idx, idx)[0])
+
+
+class WithLayerNormBiases(GPT):
+    """The fork's: bias=False is about Linear only."""
+
+    def __init__(self, config, fill):
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.bias = torch.nn.Parameter(fill(module.weight.shape))
+
+
+@pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
+@pytest.mark.parametrize("fill", [torch.randn, torch.zeros])
+def test_a_forks_layer_norm_biases_keep_the_logits(tmp_path, attn_type, fill):
+    torch.manual_seed(0)
+    model = WithLayerNormBiases(GPTConfig(**ARGS, attn_type=attn_type), fill)
+    args = {**ARGS, "attn_type": attn_type, "add_lora": False}
+    again = reloaded({"model": model.state_dict(), "model_args": args}, tmp_path)
+    assert same_logits(again, model)
+    assert again.config.bias is (fill is torch.randn) and again.config.attn_type == attn_type
+
+
+def test_a_fork_that_could_have_added_adapters_loads_if_it_has_not(tmp_path):
+    model, saved = nanogpt_checkpoint()
+    saved["model_args"]["add_lora"] = True
+    assert same_logits(reloaded(saved, tmp_path), model)
+    saved["model"]["transformer.h.0.attn.c_attn.lora_A"] = torch.zeros(2, 16)
+    with pytest.raises(UserError, match="LoRA adapters.* merge them"):
+        reloaded(saved, tmp_path)
 
 
 def test_what_is_saved_is_plain_data_under_nanogpts_keys(tmp_path):
@@ -178,9 +228,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         (lambda c: c["model_args"].update(dropout="x"), "dropout"),
         (lambda c: c["model_args"].update(pa_length=-3), "pa_length"),
         (lambda c: c.update(config=[1]), "config must be"),
+        (lambda c: c.update(tokenizer="char"), "tokenizer must be"),
         (lambda c: c["model"].pop("lm_head.weight"), "lm_head.weight"),
         (lambda c: c["model"].update({"lm_head.weight": torch.ones(11, 16).int()}), "lm_head"),
         (lambda c: c["model"].update({"lm_head.weight": 3}), "lm_head.weight"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(11, 16)}), "differ"),
+        (lambda c: c["model"].update({"transformer.h.0.ln_1.bias": "x"}), "ln_1.bias"),
+        (lambda c: c["model"].update({"transformer.h.0.ln_1.bias": torch.ones(16)}), "ln_2.bias"),
+        (lambda c: c["model"].update({"transformer.h.0.attn.bias": torch.ones(8)}), "attn.bias"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, Failed, subprocess_run
 
 import bench
+import export
 import sample
 import train
 from configurator import CONFIG_DIR, UserError, help_text, parse
@@ -102,7 +103,7 @@ def test_every_config_file_is_accepted_by_path_and_by_bare_name(path):
     assert parse(train.Config, [str(path)]) == parse(train.Config, [path.stem]) != {}
 
 
-@pytest.mark.parametrize("script", [train, sample, bench], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [train, sample, bench, export], ids=lambda m: m.__name__)
 def test_help_has_a_line_for_every_key(script):
     Config = getattr(script, "BenchConfig", script.Config)
     text = help_text(Config)
@@ -113,14 +114,12 @@ def test_help_has_a_line_for_every_key(script):
 def test_every_key_is_read_somewhere():
     code = {p.name: p.read_text() for p in ROOT.glob("*.py")}
     code["train.py"] += code["runlog.py"]  # it gets the config too
-    for script, Config in (("train", train.Config), ("sample", sample.Config)):
-        for field in fields(Config):
-            reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script}.py"]))
-            reads += field.name in (
-                *train.ARCHITECTURE,
-                *train.KEPT,
-            )  # read in a loop over the names
-            assert reads > 0, f"{script}.py never reads {field.name}"
+    for script in (train, sample, export):
+        for field in fields(script.Config):
+            reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script.__name__}.py"]))
+            # or in a loop over the names
+            reads += field.name in (*train.ARCHITECTURE, *train.KEPT)
+            assert reads > 0, f"{script.__name__}.py never reads {field.name}"
     for name in BENCH_KEYS:
         assert re.search(rf"config\.{name}\b", code["bench.py"]), name
 
@@ -128,7 +127,7 @@ def test_every_key_is_read_somewhere():
 BENCH_KEYS = {f.name for f in fields(bench.BenchConfig)} - {f.name for f in fields(train.Config)}
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "export.py"])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
     done = subprocess_run(ROOT / script, "--no_such_key=1")
     assert done.returncode == 2 and done.stdout == ""
