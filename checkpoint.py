@@ -348,7 +348,7 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
 
     With lora_rank among them, even if it is the same, adapters that were trained become part of the
     weights, and new ones begin. A checkpoint without weights (see train.read_config) gives a model
-    with any: DDP brings them.
+    with any.
     """
     saved, renews = config_of(checkpoint, path), "lora_rank" in overrides
     with WithoutRandomWeights():
@@ -378,7 +378,9 @@ def restore(
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({k: v for k, v in own.items() if k != "params"})
             for index, p in zip(group["params"], own["params"], strict=True):
-                check_moments(saved["state"].get(index, {}), p, iter_num in (0, new_at))
+                state = saved["state"].get(index, {})
+                if state or iter_num not in (0, new_at):
+                    check_moments(state, p, muon="ns_steps" in own)
         optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
@@ -409,11 +411,10 @@ def share_state(optimizer: torch.optim.Optimizer, scaler, rt) -> None:
     scaler.load_state_dict(rt.from_main(scaler.state_dict))
 
 
-def check_moments(state: dict, p: torch.Tensor, new: bool) -> None:
-    """Raise ValueError unless `state` is that of AdamW, maybe a new one, for parameter p."""
-    if new and not state:
-        return
-    for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+def check_moments(state: dict, p: torch.Tensor, muon: bool) -> None:
+    """Raise ValueError unless `state` is that of AdamW, or of Muon, for parameter p."""
+    shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": ()}
+    for key, shape in ({"momentum_buffer": p.shape} if muon else shapes).items():
         t = torch.as_tensor(state[key])
         if not is_plain(t) or t.shape != torch.Size(shape):
             raise ValueError(f"{key} of the optimizer is {tuple(t.shape)}, not {tuple(shape)}")

@@ -137,13 +137,13 @@ RULES = [
         "must be at least 1",
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
         "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T "
-        "window_stride sample_batch",
+        "window_stride sample_batch eval_stride",
     ),
     (
         lambda v: v >= 0,
         "must not be negative",
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
-        "pa_length_power temperature seed warmup skip_nonfinite",
+        "pa_length_power temperature seed warmup skip_nonfinite distill_iters lora_rank",
     ),
     (lambda v: v < 8, "must be below 8", "pa_length_power"),
     (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p"),
@@ -155,6 +155,8 @@ RULES = [
     ),
     (lambda v: v < 2**63, "must be below 2^63", "seed"),
     (lambda v: v in ("nccl", "gloo"), "must be nccl, gloo or auto", "backend"),
+    (lambda v: v in ("adamw", "muon"), "must be adamw or muon", "optimizer"),
+    (lambda v: v in ("cosine", "wsd"), "must be cosine or wsd", "lr_schedule"),
 ]
 
 

@@ -148,6 +148,19 @@ class Dataset:
                     f"block_size={block_size}; pass --block_size={max(1, len(tokens) - 1)} or less"
                 )
 
+    def check_model(self, vocab_size: int, tokenizer: dict | None, model: object) -> None:
+        """Raise UserError if a model of this vocabulary, and tokenizer if known, can't read it."""
+        if tokenizer and self.tokenizer and tokenizer != self.tokenizer:
+            raise UserError(
+                f"data set {self.name} is not tokenized as {model} was; prepare it with that "
+                "tokenizer, or choose another --dataset"
+            )
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"data set {self.name} has vocab_size={self.vocab_size}, but {model} was trained "
+                f"with {vocab_size}; choose another --dataset"
+            )
+
     def batch(
         self, split: str, purpose: int, seed: int, step: int, micro_step: int, B: int, T: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

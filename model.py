@@ -598,16 +598,25 @@ class GPT(nn.Module):
         )
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple, device_type: str
-    ) -> torch.optim.AdamW:
-        """AdamW, fused where the device has it. Matrices and embeddings decay; biases and
-        LayerNorm gains don't."""
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple,
+        device_type: str,
+        optimizer: str = "adamw",
+    ) -> torch.optim.Optimizer:
+        """AdamW, fused where the device has it, or with optimizer='muon' muon.MuonAdamW. Matrices
+        and embeddings decay; biases and LayerNorm gains don't."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = device_type in ("cuda", "cpu")
+        if optimizer == "muon":
+            from muon import MuonAdamW
+
+            return MuonAdamW(self, weight_decay, learning_rate, betas, fused)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def estimate_mfu(

@@ -34,6 +34,7 @@ import torch
 
 import checkpoint as ckpt
 import configurator
+import evaluate
 import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
@@ -50,7 +51,9 @@ class Config:
     out_dir: str = "out"  # folder of the run: checkpoints, log.csv, config.json
     save_dir: str | None = None  # where finetune writes; auto: OUT_DIR-finetune-ATTN_TYPE
     init_from: str = "scratch"  # scratch, resume, finetune, distill, gpt2[-medium|...], a folder
-    eval_only: bool = False  # evaluate once, write nothing, stop
+    eval_only: bool = False  # evaluate once and stop
+    datasets: str | None = None  # then, on all of these, a,b,c, in place of eval_iters batches
+    eval_stride: int | None = None  # tokens from window to window of theirs; auto: block_size / 2
     eval_interval: int = 2000  # steps between evaluations, each of which saves a checkpoint
     eval_iters: int = 200  # batches per evaluation and split, the same ones every time
     log_interval: int = 1  # steps between rows of the log
@@ -88,7 +91,8 @@ class Config:
     teacher: str | None = None  # folder of a run, gpt2[-medium|-large|-xl], a folder or hub name
     distill_iters: int | None = None  # steps of the first kind; auto: half of max_iters
 
-    # Optimizer: AdamW, with cosine decay after a linear warm-up
+    # Optimizer, with a linear warm-up
+    optimizer: str = "adamw"  # adamw, or muon: that for the blocks' matrices, AdamW for the rest
     learning_rate: float = 6e-4  # its maximum
     max_iters: int = 600000  # steps, i.e. updates of the weights
     weight_decay: float = 1e-1  # of matrices and embeddings
@@ -96,6 +100,7 @@ class Config:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     decay_lr: bool = True  # False: learning_rate all along
+    lr_schedule: str = "cosine"  # or wsd: constant, then a linear decay in the last fifth
     warmup_iters: int = 2000  # steps of warm-up
     lr_decay_iters: int | None = None  # step at which min_lr is reached; auto: max_iters
     min_lr: float | None = None  # auto: learning_rate / 10
@@ -115,12 +120,13 @@ KEPT = ("attn_type", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets
 AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
-    "out_dir save_dir init_from eval_only data_dir device dtype compile backend attn_impl "
-    "allow_mismatch skip_nonfinite".split()
+    "out_dir save_dir init_from eval_only datasets eval_stride data_dir device dtype compile "
+    "backend attn_impl allow_mismatch skip_nonfinite".split()
 )
 # What a resumed run must share with the one before to end where that would have ended
 TRAJECTORY = (
-    "seed dataset gradient_accumulation_steps batch_size dropout learning_rate weight_decay beta1 "
+    "seed dataset gradient_accumulation_steps batch_size dropout optimizer learning_rate "
+    "weight_decay beta1 lr_schedule "
     "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr distill_iters"
 ).split()
 
@@ -221,6 +227,9 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
             )
+    if config.datasets is not None and not (config.eval_only and config.init_from != "scratch"):
+        told = "datasets are for the evaluation of what was trained"
+        raise UserError(f"{told}: python train.py EVAL --out_dir=OUT --datasets={config.datasets}")
     if (config.init_from == "distill") > (config.teacher is not None):
         raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or =gpt2")
     if config.teacher is not None and config.init_from not in ("distill", "resume"):
@@ -248,22 +257,24 @@ def open_data(config: Config, rt: runtime.Runtime) -> Dataset:
     return Dataset(config.dataset, config.data_dir)
 
 
-def build_model(
-    config: Config, given: dict, source: dict | None, path: Path | None, data: Dataset
-) -> GPT:
-    """The model that init_from asks for (of distill the teacher), on the CPU, checked against what
-    the user gave.
+def new_model(config: Config, data: Dataset) -> GPT:
+    """A model from scratch, for the data."""
+    data.check_length(config.block_size)
+    # GPT-2's vocabulary is padded to a multiple of 64, which is faster
+    vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
+    shape = {key: getattr(config, key) for key in ARCHITECTURE}
+    torch.manual_seed(config.seed)
+    return GPT(GPTConfig(vocab_size=vocab_size, **shape, **overrides_of(config)))
 
-    Where `source`, the checkpoint of `path`, came without tensors, its weights are left to DDP.
+
+def load_model(
+    config: Config, given: dict, source: dict | None, path: Path | None
+) -> tuple[GPT, dict | None, object]:
+    """The model that init_from names (of distill the teacher), on the CPU, checked against what the
+    user gave; its tokenizer, if that is known, and where it came from.
+
+    Where `source`, the checkpoint of `path`, came without tensors, the weights are anything yet.
     """
-    if config.init_from == "scratch":
-        # GPT-2's vocabulary is padded to a multiple of 64, which is faster
-        data.check_length(config.block_size)
-        vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
-        shape = {key: getattr(config, key) for key in ARCHITECTURE}
-        torch.manual_seed(config.seed)
-        return GPT(GPTConfig(vocab_size=vocab_size, **shape, **overrides_of(config)))
-
     if source is not None:
         overrides = overrides_of(config)
         saved = ckpt.config_of(source, path)
@@ -304,17 +315,7 @@ def build_model(
             raise UserError(f"{path} has {key}={has}, not {asked}; leave --{key} out")
     if given.get("block_size", model.config.block_size) < model.config.block_size:
         model.crop_block_size(given["block_size"])
-    if known_as and data.tokenizer and known_as != data.tokenizer:
-        raise UserError(
-            f"data set {data.name} is not tokenized as {path} was; prepare it with that tokenizer, "
-            "or choose another --dataset"
-        )
-    if data.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"data set {data.name} has vocab_size={data.vocab_size}, but {path} was trained with "
-            f"{model.config.vocab_size}; choose another --dataset"
-        )
-    return model
+    return model, known_as, path
 
 
 def student_of(teacher: GPT, config: Config, given: dict) -> GPT:
@@ -326,8 +327,7 @@ def student_of(teacher: GPT, config: Config, given: dict) -> GPT:
 
 
 def load_teacher(folder: Path, base: dict, rt: runtime.Runtime) -> GPT:
-    """The teacher of the run in `folder`, from its base.pt; without its weights except on the main
-    process, as in read_config."""
+    """The teacher of the run in `folder`, from its base.pt, which the main process reads."""
     loaded = []
 
     def read():
@@ -335,7 +335,9 @@ def load_teacher(folder: Path, base: dict, rt: runtime.Runtime) -> GPT:
         return {"model_args": loaded[0]["model_args"]}
 
     args = rt.from_main(read)
-    return ckpt.build_model(loaded[0] if loaded else args, folder / ckpt.BASE)
+    teacher = ckpt.build_model(loaded[0] if loaded else args, folder / ckpt.BASE).to(rt.device)
+    rt.broadcast(list(teacher.state_dict().values()))
+    return teacher
 
 
 def choose_impl(config: Config, rt: runtime.Runtime) -> str:
@@ -442,7 +444,8 @@ def matching_steps(config: Config) -> int:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up from learning_rate / (warmup_iters + 1), then a cosine down to min_lr."""
+    """Linear warm-up from learning_rate / (warmup_iters + 1), then a cosine down to min_lr; or wsd
+    (warm-up, stable, decay): learning_rate, and a straight line in the last fifth."""
     end, min_lr = schedule(config)
     if not config.decay_lr:
         return config.learning_rate
@@ -450,6 +453,9 @@ def learning_rate(step: int, config: Config) -> float:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if step >= end:
         return min_lr
+    if config.lr_schedule == "wsd":
+        left = min(1.0, 5 * (end - step) / end)
+        return min_lr + (config.learning_rate - min_lr) * left
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0..1
     return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -457,7 +463,7 @@ def learning_rate(step: int, config: Config) -> float:
 def new_optimizer(model: GPT, config: Config, rt: runtime.Runtime) -> torch.optim.Optimizer:
     betas = (config.beta1, config.beta2)
     return model.configure_optimizers(
-        config.weight_decay, config.learning_rate, betas, rt.device_type
+        config.weight_decay, config.learning_rate, betas, rt.device_type, config.optimizer
     )
 
 
@@ -528,7 +534,9 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model, data: Dataset, rt, config: Config, interrupt=None) -> tuple[dict, list[float]]:
+def estimate_loss(
+    model, data: Dataset, rt, config: Config, interrupt=None
+) -> tuple[dict, list[float]]:
     """Mean loss on eval_iters fixed batches of each split, shared among the ranks, and how many of
     them got SIGTERM and SIGINT; then the losses are not whole."""
     model.eval()
@@ -590,16 +598,30 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         given.pop("save_dir", None)
         config, source, source_path = read_config(given, rt)
         rt.print(f"restarted: going on with {os.path.relpath(config.out_dir)}")
-    data = open_data(config, rt)
-    raw_model = build_model(config, given, source, source_path, data)
+    data = None if config.datasets else open_data(config, rt)
+    if config.init_from == "scratch":
+        raw_model = new_model(config, data)
+    else:
+        raw_model, known_as, where = load_model(config, given, source, source_path)
+        if data:
+            data.check_model(raw_model.config.vocab_size, known_as, where)
     teacher = raw_model if config.init_from == "distill" else None
+    raw_model.to(rt.device)
+    rt.broadcast(list(raw_model.state_dict().values()))
     if teacher:
         run_folder(config)  # refuses the teacher's
-        raw_model = student_of(teacher, config, given)
-    raw_model.to(rt.device)
+        raw_model = student_of(teacher, config, given).to(rt.device)
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(raw_model.config, key))
+    if config.datasets:
+        names = [name.strip() for name in config.datasets.split(",")]
+        rows = evaluate.evaluate(raw_model, known_as, names, config, rt)
+        if rt.is_main and rows:
+            about = {"model": str(where), "step": source["iter_num"] if source else None}
+            about |= {"attn_type": config.attn_type, "dtype": rt.dtype}
+            evaluate.write(rows, about, Path(config.out_dir))
+        return 0 if len(rows) == len(set(names)) else 2
     B, T = config.batch_size, config.block_size
     data.check_length(T)
     tokens_per_step = config.gradient_accumulation_steps * B * T
@@ -613,7 +635,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     # Until here a signal ends the process, from here on it waits for the end of a step
     interrupt = stack.enter_context(runtime.Interrupt())
     if config.eval_only:
-        losses, signals = evaluate(rt.compiled(raw_model), data, rt, config, interrupt)
+        losses, signals = estimate_loss(rt.compiled(raw_model), data, rt, config, interrupt)
         if not any(signals):
             rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return exit_code(signals)
@@ -701,7 +723,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         # Evaluate, log and save what the steps so far have come to
         saves, is_best, before = saver.retries(), False, best_val_loss
         if due(step, config.eval_interval) and evaluated < step and not any(signals):
-            losses, signals = evaluate(eval_model, data, rt, config, interrupt)
+            losses, signals = estimate_loss(eval_model, data, rt, config, interrupt)
             if not any(signals):
                 row |= {"step": step, "val_loss": losses["val"], "tokens": step * tokens_per_step}
                 row |= {"eval_train_loss": losses["train"]}

@@ -1,10 +1,11 @@
-# The loss of OpenAI's gpt2-medium (350M parameters) on OpenWebText.
-# Prepare the data first:  python data/openwebtext/prepare.py
+# The losses and perplexities of OpenAI's gpt2-medium (350M parameters) on the data sets of its paper.
+# Prepare those first that you want:  python data/wikitext103/prepare.py  and so on.
 #
 #   python train.py eval_gpt2_medium
 
 init_from = "gpt2-medium"
-dataset = "openwebtext"
+out_dir = "out-eval-gpt2-medium"
 eval_only = True
+datasets = "wikitext2,wikitext103,ptb,lambada,openwebtext"
+eval_stride = 1024  # windows side by side: each token once, with 512 tokens before it on average
 batch_size = 8
-eval_iters = 500  # 500 x 8 x 1024 tokens

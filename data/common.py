@@ -239,10 +239,7 @@ def prepare_files(
     encoder = GPT2Tokenizer() if tokenizer == "gpt2" else char_tokenizer(read())
     source = source or ", ".join(path.name for path in paths)
     size = sum(path.stat().st_size for path in paths)
-    facts = {}
-    if tokenizer == "gpt2" and all(path.suffix == ".jsonl" for path in paths):
-        facts["documents"] = True
-    write_dataset(out, encoder, read(), source, size, num_proc, detokenize, **facts)
+    write_dataset(out, encoder, read(), source, size, num_proc, detokenize, line_ends=own_splits)
 
 
 def char_tokenizer(pieces: Pieces) -> CharTokenizer:
@@ -270,8 +267,8 @@ def write_dataset(
     the disk has room; `num_proc` threads encode. `detokenize` changes the text before that, many
     whole lines at a time. meta.json says how long each split is: in tokens, in UTF-8 bytes of what
     was encoded, and in words and lines of the text before `detokenize`; END_OF_TEXT is a token and
-    nothing else. And it has the `facts`, for evaluation: `documents`, each ended by END_OF_TEXT,
-    are to be evaluated each for itself, and of each only the `last_word`.
+    nothing else. And it has those `facts`, for evaluation, that are true: `line_ends` count as
+    words, as in the papers; of each document, ended by END_OF_TEXT, the `last_word` is guessed.
 
     All files are written to a temporary folder and renamed when they are whole, meta.json last:
     whatever happens before, Ctrl-C included, what was in `out` stays. Raises UserError for an empty
@@ -297,7 +294,7 @@ def write_dataset(
                 )
         for split in splits:
             meta |= {f"{split}_{unit}": n for unit, n in files[split].meta().items()}
-        meta |= facts | {"source": source}
+        meta |= {name: True for name, true in facts.items() if true} | {"source": source}
         with open(folder / "meta.json", "w", encoding="utf-8") as file:
             file.write(json.dumps(meta, indent=1) + "\n")
             flush_to_disk(file)
@@ -563,4 +560,6 @@ def prepare_corpus(
         for text in whole_lines(map(line, hub_texts(tables[there], column)))
     )
     source = " ".join((name, *config))
-    write_dataset(args.out, tokenizer, pieces, source, size, args.num_proc, detokenize)
+    write_dataset(
+        args.out, tokenizer, pieces, source, size, args.num_proc, detokenize, line_ends=True
+    )

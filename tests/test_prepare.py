@@ -190,9 +190,9 @@ def test_words_and_bytes_are_counted_across_pieces(tmp_path, monkeypatch, text, 
 
 def test_end_of_text_is_a_token_and_neither_bytes_nor_a_word(tmp_path, gpt2_files):
     pieces = [("test", "to be<|endoftext|>"), ("test", "or\ud800<|endoftext|>not")]
-    common.write_dataset(tmp_path, GPT2Tokenizer(), pieces, "a test", documents=True)
+    common.write_dataset(tmp_path, GPT2Tokenizer(), pieces, "a test", last_word=True)
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["documents"] is True and meta["test_words"] == 4
+    assert meta["test_words"] == 4
     assert meta["test_bytes"] == len("to beor?not") and meta["test_tokens"] == 7
 
 
@@ -446,9 +446,7 @@ def test_hub_documents_become_a_data_set(tmp_path, monkeypatch, gpt2_files, name
         tables["validation"] = Table.from_dict({"text": ["page -1", "page -2"]})
     run_with_hub(monkeypatch, name, DatasetDict(tables), tmp_path)
     meta, train, val = read(tmp_path)
-    assert meta["documents"] is True and meta["train_words"] + meta["val_words"] == 2 * (
-        2003 if name == "tinystories" else 2001
-    )
+    assert meta["train_words"] + meta["val_words"] == 2 * (2003 if name == "tinystories" else 2001)
     train, val = (re.findall(r"(page -?\d+)<\|endoftext\|>", text) for text in (train, val))
     if name == "tinystories":
         assert (train, val) == (texts, ["page -1", "page -2"])
@@ -487,7 +485,7 @@ def test_corpora_of_the_papers_are_the_same_from_the_hub_and_from_files(
     )
     assert test == change(original) and train == change("".join(lines["train"]))
     assert read_ids(tmp_path / "hub", "test").tolist() == from_meta(meta).encode(test).tolist()
-    assert meta["test_words"] == len(original.split()) and "documents" not in meta
+    assert meta["test_words"] == len(original.split()) and meta["line_ends"] is True
     assert meta["test_lines"] == len(lines["test"]) and meta["test_bytes"] == len(test.encode())
     other = json.loads((tmp_path / "file" / "meta.json").read_text())
     assert {**other, "source": meta["source"]} == meta
@@ -502,7 +500,7 @@ def test_lambada_is_for_evaluation_of_last_words(tmp_path, monkeypatch, gpt2_fil
     assert sorted(contents(tmp_path)) == ["meta.json", "test.bin"]
     ids = read_ids(tmp_path, "test")
     assert from_meta(meta).decode(ids) == "".join(text + "<|endoftext|>" for text in texts)
-    assert meta["documents"] is meta["last_word"] is True and meta["test_words"] == 10
+    assert meta["last_word"] is True and meta["test_words"] == 10
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     (tmp_path / "b.txt").write_text("so it\n\nwas so \n")
     files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
@@ -525,7 +523,7 @@ def test_fineweb_is_streamed_up_to_the_tokens_that_are_wanted(
     asked = run_with_hub(monkeypatch, "fineweb_edu", stream, tmp_path, *args)
     assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT")]
     meta, train, val = read(tmp_path)
-    assert len(read_pages) == pages and meta["documents"] is True
+    assert len(read_pages) == pages
     texts = [page["text"] + "<|endoftext|>" for page in web_pages(pages)]
     assert val == texts[0] + "".join(texts[500:501])
     assert train == "".join(texts[1:500] + texts[501:])

@@ -74,7 +74,9 @@ def test_the_logged_loss_is_the_mean_over_micro_steps(run_train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--compile=True", "--n_layer=1"]], ids=["eager", "compiled"]
+    "extra",
+    [[], ["--compile=True", "--n_layer=1"], ["--optimizer=muon", "--lr_schedule=wsd"]],
+    ids=["eager", "compiled", "muon"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run_train, tmp_path, extra):
     extra = [*extra, "--attn_type=GK", "--dropout=0.1", "--lr_decay_iters=4"]
@@ -364,7 +366,7 @@ def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path,
         run_train("--out_dir=run2", *args, "--skip_nonfinite=1")
 
 
-@pytest.mark.parametrize("place", ["train_step", "evaluate"])
+@pytest.mark.parametrize("place", ["train_step", "estimate_loss"])
 def test_an_interrupted_run_saves_and_ends_like_the_whole_one(
     run_train, tmp_path, monkeypatch, place
 ):
@@ -471,6 +473,13 @@ def test_the_learning_rate_warms_up_decays_and_stays():
     assert sorted(rates[3:], reverse=True) == rates[3:]
     assert learning_rate(12, Config(learning_rate=1.0, decay_lr=False)) == 1.0
     assert learning_rate(600000, Config(learning_rate=1.0)) == pytest.approx(0.1)
+
+
+def test_wsd_is_constant_until_its_last_fifth():
+    config = Config(learning_rate=1.0, warmup_iters=3, max_iters=20, min_lr=0.2, lr_schedule="wsd")
+    rates = [learning_rate(step, config) for step in range(22)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:17] == [1.0] * 13
+    assert rates[17:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 def test_wandb_gets_the_rows_of_the_log(run_train, tmp_path, monkeypatch):

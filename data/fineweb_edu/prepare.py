@@ -42,7 +42,6 @@ def main():
         f"{NAME} {SAMPLE}",
         size,
         args.num_proc,
-        documents=True,
     )
 
 

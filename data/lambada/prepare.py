@@ -38,7 +38,7 @@ def main():
         tables = common.load_hub(NAME, revision="refs/convert/parquet", data_files=english)
         texts, source = common.hub_texts(tables["test"]), NAME
     pieces = (("test", text + END_OF_TEXT) for text in texts)
-    facts = {"documents": True, "last_word": True}
+    facts = {"last_word": True}
     common.write_dataset(args.out, tokenizer, pieces, source, 2 * MB, args.num_proc, **facts)
 
 

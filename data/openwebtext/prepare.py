@@ -33,9 +33,7 @@ def main():
     pages = common.load_hub(NAME, revision="refs/convert/parquet", num_proc=args.num_proc)
     pages = pages["train"].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     documents = common.hub_documents(train=pages["train"], val=pages["test"])
-    common.write_dataset(
-        args.out, tokenizer, documents, NAME, 40 * GB, args.num_proc, documents=True
-    )
+    common.write_dataset(args.out, tokenizer, documents, NAME, 40 * GB, args.num_proc)
 
 
 if __name__ == "__main__":

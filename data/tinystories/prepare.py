@@ -31,9 +31,7 @@ def main():
     common.check_disk(common.hub_need(NAME, 3 * GB), (args.out, 1 * GB))
     stories = common.load_hub(NAME)
     documents = common.hub_documents(train=stories["train"], val=stories["validation"])
-    common.write_dataset(
-        args.out, tokenizer, documents, NAME, 2 * GB, args.num_proc, documents=True
-    )
+    common.write_dataset(args.out, tokenizer, documents, NAME, 2 * GB, args.num_proc)
 
 
 if __name__ == "__main__":

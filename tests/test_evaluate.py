@@ -1,0 +1,185 @@
+"""Evaluation: every token of a split once, and numbers that another computation confirms."""
+
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Failed, subprocess_run
+from torch.nn import functional as F
+
+import evaluate
+import runtime
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
+
+PASSAGES = ["the cat sat on the mat", "a dog ran to the cat", "the mat"]
+
+
+def write_split(folder, split, ids, **meta):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", **meta}))
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50257, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.5)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    return model
+
+
+def results(folder):
+    return json.loads((folder / "eval.json").read_text())["results"]
+
+
+def target_by_target(logits_of, ids, T, stride):
+    """-ln p of all targets but the first, each computed alone, with the context that it should
+    have: of the windows that begin 0, stride, 2 stride, ... the first that holds the target."""
+    nll = []
+    for target in range(1, len(ids)):
+        first = max(0, math.ceil((target - T) / stride)) * stride
+        logits = logits_of(torch.tensor([ids[first:target]]))[0, -1]
+        nll.append(F.cross_entropy(logits.double(), torch.tensor(ids[target])).item())
+    return nll
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, 16])
+def test_transformers_computes_the_same(run, tmp_path, gpt2_folder, stride):
+    ids = np.random.default_rng(0).integers(0, 50257, 75).tolist()
+    write_split(
+        tmp_path / "data" / "some", "test", ids, vocab_size=50257, test_words=40, test_bytes=300
+    )
+    run("train", "EVAL", "--init_from=hf", "--datasets=some", "--data_dir=data", "--batch_size=3",
+        f"--eval_stride={stride}", "--out_dir=e", "--device=cpu")  # fmt: skip
+    with torch.no_grad():
+        nll = target_by_target(lambda x: gpt2_folder(x).logits, ids, 16, stride)
+    row = results(tmp_path / "e")["some"]
+    assert (row["tokens"], row["stride"], row["split"]) == (74, stride, "test")
+    assert row["loss"] == pytest.approx(sum(nll) / 74, abs=1e-4)
+    assert row["perplexity"] == pytest.approx(math.exp(sum(nll) / 74), rel=1e-4)
+    assert row["word_perplexity"] == pytest.approx(math.exp(sum(nll) / 40), rel=1e-3)
+    assert row["bits_per_byte"] == pytest.approx(sum(nll) / math.log(2) / 300, rel=1e-4)
+
+
+@pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
+def test_characters_of_a_trained_model(run_train, run, tmp_path, data_dir, attn_type):
+    run_train("--out_dir=run", f"--attn_type={attn_type}")
+    out = run("train", "EVAL", "--out_dir=run", "--datasets=abc", f"--data_dir={data_dir}")
+    row = results(tmp_path / "run")["abc"]
+    from sample import load
+
+    model, tokenizer = load(tmp_path / "run")
+    ids = np.fromfile(data_dir / "abc" / "val.bin", "<u2").tolist()
+    with torch.no_grad():
+        nll = target_by_target(lambda x: model(x)[0], ids, 16, 8)
+    assert row["loss"] == pytest.approx(sum(nll) / len(nll), abs=1e-4)
+    text = tokenizer.decode(ids)
+    assert (row["words"], row["bytes"]) == (len(text.split()), len(text))
+    assert re.search(rf"abc +val +{len(nll)} +{row['loss']:.4f}", out)
+
+
+@pytest.mark.parametrize("T, stride", [(16, 16), (16, 5), (16, 1), (16, 40), (4, 2), (1, 1)])
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 75])
+def test_every_target_is_scored_once(n, T, stride):
+    scored = []
+    for first, last, begin in evaluate.strided(n, T, stride):
+        assert 0 < last - first <= T
+        assert first == 0 or begin >= min(T - 1, T - stride)
+        scored += range(first + begin + 1, last + 1)
+    assert scored == list(range(1, n))
+
+
+def test_the_last_word_is_guessed_or_not():
+    tokenizer = CharTokenizer("".join(sorted(set("".join(PASSAGES)) | {"\n"})))
+    tokenizer.eot = tokenizer.encode("\n").item()
+    tokens = tokenizer.encode("\n".join(PASSAGES))
+    found = evaluate.passages(tokens, tokenizer, 64)
+    texts = [tokenizer.decode(tokens[first : last + 1]) for (first, last, _), _ in found]
+    assert texts == PASSAGES and [n for _, n in found] == [3, 3, 3]
+    (short, n), *_ = evaluate.passages(tokens, tokenizer, 5)
+    assert tokenizer.decode(tokens[short[0] : short[1] + 1]) == "he mat" and n == 3
+
+    class Oracle(GPT):  # knows that "a" follows "m" and "c", and "t" follows "a", and that is all
+        def hidden(self, idx, pos, cache=None):
+            after = {"m": "a", "c": "a", "a": "t", " ": "m"}
+            chars = tokenizer.chars
+            next_id = [
+                [chars.index(after.get(chars[i], "\n")) for i in row] for row in idx.tolist()
+            ]
+            return F.one_hot(torch.tensor(next_id), self.config.n_embd).float() * 9
+
+    V = len(tokenizer.chars)
+    model = Oracle(GPTConfig(64, V, 1, 1, V))
+    torch.nn.init.eye_(model.lm_head.weight)
+    rt = runtime.Runtime("cpu", "float32", False)
+    last_words = torch.tensor([n for _, n in found])
+    sums = evaluate.score(model, tokens, [w for w, _ in found], last_words, 2, rt, "x")
+    assert sum(s[2] for s in sums) == 2  # "mat" twice; "cat" would have needed a "c"
+    assert sum(s[1] for s in sums) == len("".join(PASSAGES)) - 3
+
+
+def test_last_words_are_told_apart_from_the_rest(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run")
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    del meta["train_tokens"], meta["val_tokens"]
+    tokenizer = CharTokenizer(meta["chars"])
+    ids = tokenizer.encode(" ".join(PASSAGES[:1]))
+    write_split(data_dir / "last", "test", ids, **{**meta, "last_word": True})
+    out = run("train", "EVAL", "--out_dir=run", "--datasets=last", f"--data_dir={data_dir}")
+    row = results(tmp_path / "run")["last"]
+    assert row["last_word_accuracy"] in (0, 1) and row["last_word_perplexity"] > 1
+    assert row["tokens"] == 16 and "last_word_accuracy" in out
+
+
+def test_what_is_not_there_is_a_line_and_the_others_go_on(
+    run, run_train, tmp_path, data_dir, capsys
+):
+    run_train("--out_dir=run")
+    args = ["EVAL", "--out_dir=run", f"--data_dir={data_dir}"]
+    write_split(data_dir / "other", "val", [0, 1, 2], vocab_size=3)
+    write_split(data_dir / "large", "val", [0, 1, 2], vocab_size=300)
+    with pytest.raises(Failed) as failed:
+        run("train", *args, "--datasets=none,large,abc,ptb")
+    lines = failed.value.stderr.splitlines()
+    assert failed.value.code == 2 and len(lines) == 3
+    assert "there is no data set 'none'" in lines[0] and "vocab_size=300" in lines[1]
+    assert "python data/ptb/prepare.py" in lines[2]
+    assert results(tmp_path / "run").keys() == {"abc"}
+    with pytest.raises(Failed, match="datasets are for the evaluation"):
+        run_train("--out_dir=run2", "--datasets=abc")
+    assert not (tmp_path / "run2").exists()
+
+
+def test_two_ranks_get_the_sums_of_one(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run", "--attn_type=GK")
+    args = ["EVAL", "--out_dir=run", "--datasets=abc", f"--data_dir={data_dir}", "--device=cpu"]
+    run("train", *args)
+    one = results(tmp_path / "run")["abc"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess_run(*launch, ROOT / "train.py", *args, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("abc") == 1
+    two = results(tmp_path / "run")["abc"]
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_scores_do_not_depend_on_how_the_vocabulary_is_cut(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 50, 1, 2, 16)).eval()
+    x, y = torch.randint(50, (2, 3, 16))
+    whole = evaluate.token_scores(model, x, y)
+    monkeypatch.setattr(evaluate, "LOGITS", 100)
+    cut = evaluate.token_scores(model, x, y)
+    torch.testing.assert_close(whole[0], cut[0])
+    expected = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), reduction="none")
+    torch.testing.assert_close(whole[0].flatten(), expected)
+    assert torch.equal(whole[1], cut[1])
