@@ -3,6 +3,7 @@ A checkpoint as a folder that transformers loads: a GPT2LMHeadModel and its toke
 
     python export.py --out_dir=OUT --to=DIR
     python export.py --out_dir=OUT --to=DIR --checkpoint=best.pt
+    python export.py --out_dir=OUT --to=DIR --merge     # of a run with adapters (LoRA)
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
@@ -33,6 +34,7 @@ class Config:
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "ckpt.pt"  # ckpt.pt is its last state, best.pt that of the lowest val loss
     to: str = ""  # folder to write, which must be new or empty
+    merge: bool = False  # fold LoRA's adapters into the weights: transformers' GPT-2 has none
 
 
 def to_hf(
@@ -146,6 +148,8 @@ def main() -> None:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
     loaded, path, meta = read_run(config.out_dir, config.checkpoint)
     model = ckpt.build_model(loaded, path)
+    if model.config.lora_rank and not config.merge:
+        raise UserError(f"{path} has adapters; pass --merge to fold them into the weights")
     attn_type, to, tokenizer = model.config.attn_type, config.to, None
     if meta.get("tokenizer"):
         tokenizer = fitting(from_meta(meta), model, path)

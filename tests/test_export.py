@@ -45,7 +45,8 @@ def exported(run, tmp_path):
             change(model)
         saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
         ckpt.save({**saved, "tokenizer": meta}, tmp_path)
-        run("export", "--out_dir=.", f"--to={folder}")
+        merge = ["--merge"] if model.config.lora_rank else []
+        run("export", "--out_dir=.", f"--to={folder}", *merge)
         return model, tmp_path / folder
 
     return call
@@ -239,6 +240,12 @@ def test_what_can_not_be_exported_is_one_line(exported, run, tmp_path, args, sai
         run("export", "--out_dir=.", *args)
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_adapters_are_folded_in_when_that_is_asked_for(exported, run):
+    exported(lora_rank=2)
+    with pytest.raises(Failed, match="ckpt.pt has adapters; pass --merge to fold them"):
+        run("export", "--out_dir=.", "--to=other")
 
 
 def test_a_full_disk_leaves_nothing_behind(exported, run, tmp_path):
