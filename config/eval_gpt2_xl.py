@@ -1,4 +1,4 @@
-# The losses and perplexities of OpenAI's gpt2-xl (1558M parameters) on the data sets of its paper.
+# Losses and perplexities of OpenAI's gpt2-xl (1558M) on the data sets of its paper.
 # Prepare those first that you want:  python data/wikitext103/prepare.py  and so on.
 #
 #   python train.py eval_gpt2_xl
