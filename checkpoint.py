@@ -289,9 +289,9 @@ def normalise(checkpoint: dict, path: Path) -> None:
     checkpoint |= {"model": state, "model_args": args}
 
 
-def load_base(folder: Path, base: dict) -> dict:
+def load_base(folder: Path, base: object) -> dict:
     """The checkpoint folder/base.pt, which must be the one that `base` describes."""
-    loaded = load(folder / BASE)
+    loaded, base = load(folder / BASE), base if isinstance(base, dict) else {}
     if digest(loaded["model"]) != base.get("sha256"):
         raise UserError(
             f"{folder / BASE} is not the one that this run began with, {base.get('came_from')}; "
