@@ -194,25 +194,12 @@ def plot_ranges(args: list[str], to: Path) -> None:
     attn_type, rows = read_stats(Path(folder))
     n_layer = 1 + int(max(row["layer"] for row in rows))
     columns = min(n_layer + 2, 4)
-    title = f"{named(attn_type, folder)}: scores x during training, and the weights A they give"
+    title = f"{named(attn_type, folder)}: scores x in training, and what attention makes of them"
+    if any(row["head"] for row in rows):
+        title += " (of a layer's heads the extremes)"
     figure, axes = new_figure(columns, title, -(-(n_layer + 2) // columns), SMALL)
-    deep = min(row["x_min"] for row in rows) < -200
     for layer, axis in enumerate(axes[:n_layer]):
-        for low, high, alpha, label in (
-            ("x_min", "x_max", 0.15, "all x"),
-            ("x_p1", "x_p99", 0.25, "1 to 99 % of x"),
-            ("x_p10", "x_p90", 0.4, "10 to 90 % of x"),
-        ):
-            steps, bottom = over_time(rows, layer, low, min)
-            top = over_time(rows, layer, high, max)[1]
-            look = {"color": COLOURS[1], "alpha": alpha, "linewidth": 0}
-            axis.fill_between(steps, bottom, top, label=label, **look)
-        median = over_time(rows, layer, "x_p50", mean)
-        axis.plot(*median, color="black", linewidth=1.2, label="median of x")
-        if deep:
-            axis.set_yscale("symlog", linthresh=10)
-        axis.set_ylabel("score x" + " (log scale below -10)" * deep, fontsize=9)
-        axis.set_title(f"layer {layer}", fontsize=9)
+        draw_scores(axis, rows, layer)
         mark_ranges(axis, attn_type)
     # For the two panels behind: label, what is seen, and (column, of a layer's heads, line style)
     shown = [
@@ -237,16 +224,35 @@ def plot_ranges(args: list[str], to: Path) -> None:
         axis.set_ylabel(label, fontsize=9)
         axis.set_title(seen, fontsize=9)
         logarithmic(axis)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, **LEGEND)
-    layers = axes[n_layer].get_legend_handles_labels()
-    if n_layer > 1:
-        axes[n_layer + 1].legend(*layers, ncols=1 + n_layer // 7, **LEGEND)
+    legends = [axes[i].get_legend_handles_labels() for i in (0, n_layer)]
+    handles, names = (a + b for a, b in zip(*legends, strict=True))
+    figure.legend(handles, names, loc="outside lower left", ncols=4 + 3 * (columns > 3), **LEGEND)
     for axis in axes[: n_layer + 2]:
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8)
     for axis in axes[n_layer + 2 :]:
         axis.remove()
     save(figure, to, "ranges")
+
+
+def draw_scores(axis, rows: list[dict], layer: int) -> None:
+    """Bands of a layer's scores over time."""
+    for low, high, alpha, label in (
+        ("x_min", "x_max", 0.15, "all x"),
+        ("x_p1", "x_p99", 0.25, "1 to 99 % of x"),
+        ("x_p10", "x_p90", 0.4, "10 to 90 % of x"),
+    ):
+        steps, bottom = over_time(rows, layer, low, min)
+        top = over_time(rows, layer, high, max)[1]
+        look = {"color": COLOURS[1], "alpha": alpha, "linewidth": 0}
+        axis.fill_between(steps, bottom, top, label=label, **look)
+    median = over_time(rows, layer, "x_p50", mean)
+    axis.plot(*median, color="black", linewidth=1.2, label="median of x")
+    axis.set_ylabel("score x", fontsize=9)
+    if axis.get_ylim()[0] < -200:
+        axis.set_yscale("symlog", linthresh=10)
+        axis.set_ylabel("score x (log scale below -10)", fontsize=9)
+    axis.set_title(f"layer {layer}", fontsize=9)
 
 
 def named(attn_type: str, folder: str) -> str:
@@ -290,7 +296,7 @@ def mark_ranges(axis, attn_type: str) -> None:
         axis.set_ylim(bottom=min(bottom, 1.15 * ends[0]))
         axis.axhspan(axis.get_ylim()[0], ends[0], color=COLOURS[3], alpha=0.15, linewidth=0)
     bottom = axis.get_ylim()[0]
-    for end in (end for end in ends if bottom < end < 0.25 * bottom):
+    for end in (end for end in ends if bottom < end and (n or end < 0.25 * bottom)):
         axis.axhline(end, color=COLOURS[3], linewidth=1, linestyle="--")
         text = f"end of GKpoly-{int(math.log2(-end)) - 1}'s range"
         place = {"xy": (1, end), "xycoords": ("axes fraction", "data")}
