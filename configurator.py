@@ -143,10 +143,11 @@ RULES = [
         lambda v: v >= 0,
         "must not be negative",
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
-        "pa_length_power temperature seed warmup skip_nonfinite distill_iters lora_rank",
+        "pa_length_power temperature seed warmup skip_nonfinite distill_iters lora_rank "
+        "stats_interval",
     ),
     (lambda v: v < 8, "must be below 8", "pa_length_power"),
-    (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p"),
+    (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p stats_tolerance"),
     (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
     (
         lambda v: v in ("float32", "bfloat16", "float16"),

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from model import GPT, parse_attn_type, scores
+import ranges
+from model import GPT, parse_attn_type
 
 
 def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> str | None:
@@ -80,40 +81,20 @@ def readable(name: str) -> str:
     return f"{match[2] or 'the sum'} of layer {match[1]}" if match else name
 
 
-@torch.no_grad()
 def polynomial_range(model: GPT, x: Tensor, rt) -> str:
     """How far below -2^(n+1) the scores of GKpoly-n are, and in which layer; '' for others."""
-    match = re.fullmatch(r"GKpoly-(\d+)", model.config.attn_type)
-    if not match:
+    name = model.config.attn_type
+    if (n := ranges.squarings(name)) is None:
         return ""
-    lowest = []
+    lowest, end = [], ranges.range_end(n)
 
-    def look(module, inputs, output):
-        B, T, C = inputs[0].shape
-        q, k, _ = (
-            t.view(B, T, module.n_head, C // module.n_head).transpose(1, 2).float()
-            for t in module.c_attn(inputs[0]).split(C, dim=2)
-        )
-        variant = parse_attn_type(model.config.attn_type)
-        per_row = [
-            scores(q[b : b + 1, :, i : i + 128], k[b : b + 1, :, : i + 128], variant.score)
-            .tril(i)
-            .min()
-            for b in range(B)
-            for i in range(0, T, 128)
-        ]
-        lowest.append(torch.stack(per_row).min().item())
+    def look(q, k):
+        blocks = ranges.row_blocks(q, k, parse_attn_type(name))
+        lowest.append(torch.stack([x[:, causal].min() for x, causal in blocks]).min().item())
 
-    handles = [block.attn.register_forward_hook(look) for block in model.transformer.h]
-    try:
-        with rt.autocast():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    end = -(2 ** (int(match[1]) + 1))
+    ranges.each_layer(model, x, rt, look)
     # Layers behind the first that left the range compute with its damage
     layer = next((i for i, value in enumerate(lowest) if not value >= end), None)
     if layer is None:
-        return f"; all x are in the range of {match[0]}, {end} to 0"
-    return f"; x fell to {lowest[layer]:.4g} in layer {layer}, and {match[0]} needs {end} or more"
+        return f"; all x are in the range of {name}, {end} to 0"
+    return f"; x fell to {lowest[layer]:.4g} in layer {layer}, and {name} needs {end} or more"

@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ import torch
 import checkpoint as ckpt
 import configurator
 import evaluate
+import ranges
 import runtime
 from configurator import UserError
 from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
@@ -48,7 +50,7 @@ from tokenizer import meta_of_folder
 @dataclass
 class Config:
     # Run
-    out_dir: str = "out"  # folder of the run: checkpoints, log.csv, config.json
+    out_dir: str = "out"  # folder of the run: checkpoints, log.csv, config.json, pictures
     save_dir: str | None = None  # where finetune writes; auto: OUT_DIR-finetune-ATTN_TYPE
     init_from: str = "scratch"  # scratch, resume, finetune, distill, gpt2[-medium|...], a folder
     eval_only: bool = False  # evaluate once and stop
@@ -61,6 +63,10 @@ class Config:
     seed: int = 1337  # of weights, batches and dropout
     allow_mismatch: bool = False  # resume with other data, schedule or batches than the run had
     skip_nonfinite: int = 0  # steps with an infinite loss or gradient to pass over before stopping
+    stats_interval: int = 0  # steps between rows of stats.csv: scores, weights; 0: none
+    stats_tolerance: float = 1e-2  # error of GKpoly-n against exp for which the log's end finds n
+    plot: bool = True  # pictures in out_dir at the end of a run of 100 steps or more
+    tensorboard_log: bool = False  # log to OUT_DIR/tensorboard too
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "gpt-attention"  # its project
     wandb_run_name: str | None = None  # its run name; auto: the name of the run's folder
@@ -129,6 +135,7 @@ TRAJECTORY = (
     "weight_decay beta1 lr_schedule "
     "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr distill_iters"
 ).split()
+DRAWN_FROM = 100  # steps: pictures take two seconds, which shorter runs should not
 
 # ----------------------------------------------------------------------------
 # Set-up
@@ -424,6 +431,15 @@ def move_aside(folder: Path, rt: runtime.Runtime) -> None:
         rt.print(f"{shown} holds a run already: moved to {where}")
 
 
+def pictures(folder: Path) -> list[Path]:
+    """Draw the run in `folder`; the pictures' paths. There are none without matplotlib."""
+    with suppress(ImportError):
+        import plot  # here, as matplotlib takes a second
+
+        return plot.of_run(Path(os.path.relpath(folder)))
+    return []
+
+
 # ----------------------------------------------------------------------------
 # One step
 
@@ -692,6 +708,10 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         }
         return saver.save(checkpoint, is_best)
 
+    def measure() -> list[dict]:
+        x, _ = rt.to_device(*data.batch("val", EVAL, config.seed, 0, 0, min(B, 4), T))
+        return ranges.measure(raw_model, x, rt)
+
     def diagnosis(step) -> str:
         """Where this rank's micro-steps are not finite; '' if they are, or there is no memory."""
 
@@ -734,6 +754,8 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         if row:
             log.write(**row)
             row = {}
+        if config.stats_interval and due(step, config.stats_interval) and not any(signals):
+            log.write_stats(step, measure)
         if saves or any(signals) and saver.step != step:
             if not save(is_best) and is_best:
                 best_val_loss = before  # best.pt is still the one of that loss
@@ -779,6 +801,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         log.say(f"stopped at step {step}; go on with  --init_from=resume --out_dir={shown}")
         return exit_code(signals)
     log.say(f"best val loss {best_val_loss:.4f}; the run is in {shown}")
+    log.end(partial(pictures, folder) if config.plot and step >= DRAWN_FROM else None)
     return 1 if saver.failed else 0
 
 

@@ -1,9 +1,12 @@
 """plot.py: pictures from what train.py and bench.py wrote, and from nothing else."""
 
 import json
+import sys
 
 import pytest
-from conftest import TINY, Failed
+from conftest import TINY, Failed, subprocess_run
+
+import train
 
 
 def test_the_losses_of_runs_are_drawn(run, run_train, tmp_path):
@@ -35,6 +38,45 @@ def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
         assert (tmp_path / f"bench-{name}.png").exists()
 
 
+@pytest.mark.parametrize("attn_type", ["SM", "GK", "GKpoly-1", "PA_tanh"])
+def test_what_attention_computes_with_is_drawn(run, run_train, tmp_path, attn_type):
+    pytest.importorskip("matplotlib")
+    run_train("--out_dir=run", f"--attn_type={attn_type}", "--stats_interval=2")
+    run("plot", "ranges", "run", "--to=pictures")
+    run("plot", "attention", "run", "--start=the cat sat", "--to=pictures")
+    run("plot", "kernel", "GKpoly-4", "PA_relu", "--run=run", "--to=pictures")
+    for name in ("ranges", "attention-0", "attention-1", "kernel"):
+        assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<path" in (tmp_path / "pictures" / f"{name}.svg").read_text()
+
+
+def test_a_run_of_some_length_leaves_its_pictures(run_train, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(train, "DRAWN_FROM", 4)
+    args = ["--stats_interval=2", "--attn_type=GK"]
+    run_train("--out_dir=short", *args, "--max_iters=3")
+    run_train("--out_dir=long", *args)
+    run_train("--out_dir=without", *args, "--plot=False")
+    pictures = {path.parent.name + "/" + path.name for path in tmp_path.glob("*/*.png")}
+    assert pictures == {"long/loss.png", "long/ranges.png"}
+
+
+def test_a_run_does_not_depend_on_its_pictures(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DRAWN_FROM", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "pictures", lambda folder: 1 / 0)
+        assert "division by zero" in run_train("--out_dir=a")
+    for name in ("matplotlib", "matplotlib.pyplot"):  # not installed: no word of it
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "summed up" not in run_train("--out_dir=b")
+    assert not list(tmp_path.glob("*/*.png"))
+
+
+def test_training_imports_no_matplotlib():
+    code = "import train, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess_run("-c", code).returncode == 0
+
+
 @pytest.mark.parametrize(
     "args, said",
     [
@@ -42,6 +84,15 @@ def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
         (["pie", "x"], "python plot.py"),
         (["loss", "nowhere"], "nowhere is not the folder of a run"),
         (["bench", "nothing.json"], "nothing.json is no file of bench.py"),
+        (["ranges", "nowhere"], "nowhere has no stats.csv; train with --stats_interval=N"),
+        (["attention", "nowhere"], 'python plot.py attention OUT --start="Some text"'),
+        (["attention", "nowhere", "--start=a"], "nowhere"),
+        (["attention", "a", "b", "--start=a"], "'a b' should be 1 name"),
+        (["kernel", "GKpoly"], "attn_type='GKpoly' is not known"),
+        (["kernel", "SM"], "SM is no pointwise function"),
+        (["kernel", "GK", "--min=x"], "could not convert"),
+        (["kernel", "GK", "--min=1", "--max=0"], "are no range"),
+        (["kernel", "GK", "--low=1"], "unknown option --low; there is --to=..., --min=..."),
     ],
 )
 def test_what_can_not_be_drawn_is_one_line(run, args, said):
