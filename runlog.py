@@ -18,14 +18,14 @@ class RunLog:
     A row of log.csv: step (updates done), tokens seen, train_loss of that step's batches (mean over
     micro-steps and ranks), or distill_loss while attentions are matched, val_loss and
     eval_train_loss where an evaluation was due, grad_norm of that step before clipping, lr,
-    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, and the seconds
-    spent in training steps so far. A log that can't be written is no reason to stop: it is said
-    once.
+    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, the seconds spent
+    in training steps so far, and the memory that the process has held at most (MiB; of the GPU if
+    there is one). A log that can't be written is no reason to stop: it is said once.
     """
 
     COLUMNS = (
         "step tokens train_loss distill_loss val_loss eval_train_loss grad_norm lr step_ms "
-        "tokens_per_s mfu seconds"
+        "tokens_per_s mfu seconds peak_mib"
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):

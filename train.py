@@ -747,6 +747,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
                 "tokens_per_s": tokens_per_step / per_step,
                 "mfu": None if matching else raw_model.estimate_mfu(sequences, per_step, T),
                 "window_seconds": seconds,
+                "peak_mib": rt.peak_memory(),
             }
             logged, seconds = step, 0.0
 
