@@ -386,6 +386,7 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
             folder.mkdir(parents=True, exist_ok=True)
             found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
             found |= {"world_size": rt.world_size, "torch": torch.__version__, "launch": rt.launch}
+            found |= {"device_name": rt.device_name()}
             text = json.dumps({**asdict(config), "found": found}, indent=2)
             temporary = folder / "config.json.tmp"
             temporary.write_text(text + "\n", encoding="utf-8")

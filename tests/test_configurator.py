@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, Failed, subprocess_run
 
 import bench
+import compare
 import sample
 import train
 from configurator import CONFIG_DIR, UserError, help_text, parse
@@ -99,12 +100,14 @@ def test_a_wrong_config_file_is_told_with_its_name(tmp_path, text, said):
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_file_is_accepted_by_path_and_by_bare_name(path):
-    assert parse(train.Config, [str(path)]) == parse(train.Config, [path.stem]) != {}
+    Config = compare.CompareConfig if path.stem.startswith("compare_") else train.Config
+    assert parse(Config, [str(path)]) == parse(Config, [path.stem]) != {}
 
 
-@pytest.mark.parametrize("script", [train, sample, bench], ids=lambda m: m.__name__)
-def test_help_has_a_line_for_every_key(script):
-    Config = getattr(script, "BenchConfig", script.Config)
+@pytest.mark.parametrize(
+    "Config", [train.Config, sample.Config, bench.BenchConfig, compare.CompareConfig]
+)
+def test_help_has_a_line_for_every_key(Config):
     text = help_text(Config)
     for field in fields(Config):
         assert re.search(rf"^  --{field.name}=\S.* \w", text, re.MULTILINE), field.name
@@ -128,7 +131,7 @@ def test_every_key_is_read_somewhere():
 BENCH_KEYS = {f.name for f in fields(bench.BenchConfig)} - {f.name for f in fields(train.Config)}
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "compare.py"])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
     done = subprocess_run(ROOT / script, "--no_such_key=1")
     assert done.returncode == 2 and done.stdout == ""
