@@ -149,6 +149,8 @@ def make_runs(given: dict, config: CompareConfig) -> list[Run]:
         check(runs[-1].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
+    if runs[0].config.max_iters < 1:
+        raise UserError("max_iters=0 trains nothing to compare; pass at least 1")
     if len({run.folder for run in runs}) < len(runs):
         raise UserError(f"--learning_rates={config.learning_rates} differ by too little")
     return runs
@@ -218,7 +220,8 @@ def train_all(runs: list[Run], config: CompareConfig, lock) -> int:
 def conclude(run: Run, code: int) -> str:
     """What a run that has ended came to, in words. Raises UserError if it is no result."""
     lines = run.output.read_text(encoding="utf-8", errors="replace").split("\n")
-    said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    errors = [line for line in lines if line.startswith("error: ")]  # warnings may follow it
+    said = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1]
     said = said.removeprefix("error: ")
     if code == 2 and re.match(r"step \d+ was not done", said):
         (run.folder / DIVERGED).write_text(said + "\n", encoding="utf-8")

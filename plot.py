@@ -207,9 +207,11 @@ def bands(axis, curves: dict, looks: dict) -> None:
     ends = sorted((mean(points[-1][1]), points[-1][0], t) for t, points in curves.items() if points)
     low, high = axis.get_ylim()
     gap, beside = (high - low) / 18, axis.get_yaxis_transform()
-    place = -math.inf
-    for end, x, attn_type in ends:
-        place = max(end, place + gap)  # names must not lie over each other
+    places = []  # names must not lie over each other, nor over the title
+    for end, _, _ in ends:
+        places.append(max(end, places[-1] + gap) if places else end)
+    places = [min(place, high - gap * i) for i, place in enumerate(reversed(places))][::-1]
+    for (end, x, attn_type), place in zip(ends, places, strict=True):
         look = looks[attn_type] | {"linewidth": 1, "markevery": [1], "clip_on": False}
         axis.plot([1.03, 1.1], [place, place], transform=beside, **look)
         axis.text(1.12, place, attn_type, transform=beside, va="center", fontsize=8)
@@ -219,8 +221,12 @@ def bands(axis, curves: dict, looks: dict) -> None:
 
 
 def read_log(folder: Path) -> list[dict]:
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a run's log.csv, as text."""
+    try:
+        with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not the folder of a run: {error}") from error
 
 
 def lines(axis, rows: list[dict], column: str, label: str) -> None:

@@ -142,6 +142,7 @@ def test_what_no_run_could_be_made_of_is_told_at_once(run, data_dir, tmp_path):
         "--base=nothing": "no config file 'nothing'",
         "--base=eval_gpt2": "trains from scratch",
         "--dataset=nothing": "prepare.py",
+        "--max_iters=0": "max_iters=0 trains nothing",
         "--jobs=0": "jobs must be at least 1",
     }
     for arg, said in wrong.items():

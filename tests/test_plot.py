@@ -41,6 +41,7 @@ def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
         (["loss"], "python plot.py"),
         (["pie", "x"], "python plot.py"),
         (["loss", "nowhere"], "nowhere is not the folder of a run"),
+        (["compare", "nowhere"], "nowhere is not the folder of a comparison"),
         (["bench", "nothing.json"], "nothing.json is no file of bench.py"),
     ],
 )
