@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: train test faults lint bench clean
+.PHONY: train test faults lint bench compare clean
 
 train: .venv/run  ## train config/train_11.py; more arguments by ARGS="--max_iters=500"
 	$(PY) train.py config/train_11.py $(ARGS)
@@ -22,6 +22,9 @@ lint: .venv/dev  ## style
 bench: .venv/run  ## speed of a training step of the 1-layer model, softmax and Gaussian kernel
 	$(PY) bench.py config/train_11.py --attn_type=SM $(ARGS)
 	$(PY) bench.py config/train_11.py --attn_type=GK $(ARGS)
+
+compare: .venv/run  ## nine attentions side by side, each at its best learning rate: an hour at most
+	$(PY) compare.py config/compare_11.py $(ARGS)
 
 clean:  ## the environment, and everything Python left; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -35,6 +35,7 @@ import runtime
 from configurator import UserError
 from dataset import TRAIN, Dataset
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
+from runtime import resident
 from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
 
 TABLES = ("attention", "types", "lengths", "sampling")
@@ -91,12 +92,6 @@ def peak_memory(run: Callable[[], object], rt) -> float | None:
     before = resident("VmHWM")
     run()
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """MiB of this process, from a line of Linux' /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 # ----------------------------------------------------------------------------

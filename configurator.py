@@ -137,7 +137,7 @@ RULES = [
         "must be at least 1",
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
         "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T "
-        "window_stride sample_batch eval_stride",
+        "window_stride sample_batch eval_stride jobs",
     ),
     (
         lambda v: v >= 0,

@@ -1,5 +1,5 @@
 """
-Pictures, each as PNG and SVG, from what train.py and bench.py wrote.
+Pictures, each as PNG and SVG, from what train.py, bench.py and compare.py wrote.
 
     python plot.py loss OUT [OUT ...]       # losses of runs against tokens      -> loss.png
     python plot.py bench bench.json         # the tables of bench.py --out=...   -> bench-*.png
@@ -7,6 +7,7 @@ Pictures, each as PNG and SVG, from what train.py and bench.py wrote.
     python plot.py attention OUT --start="def main():"    # weights A of a text  -> attention-*.png
     python plot.py kernel GKpoly-4 GK --min=-40 --max=0   # pointwise functions  -> kernel.png
     python plot.py kernel GKpoly-4 GK --run=OUT           # where OUT's scores are
+    python plot.py compare DIR              # attentions at their best rates     -> compare-*.png
 
 They go to the current folder, or to the one that --to=FOLDER names.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import mean
 
 import configurator
 from configurator import UserError
@@ -23,6 +25,12 @@ from configurator import UserError
 # Okabe and Ito's colours, which colour-blind people can tell apart; softmax is always black
 COLOURS = ["#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
 STYLES = ["-", "--", ":"]  # a second and a third attn_type of one colour
+MARKERS = "osD^vP*Xphd<>"
+COMPARISONS = {  # the pictures of a comparison, and what they show
+    "compare-tokens": "Validation loss against tokens",
+    "compare-seconds": "Validation loss against training time",
+    "compare-rates": "Validation loss against learning rate",
+}
 
 
 def look_of(attn_types: list[str]) -> dict:
@@ -156,6 +164,113 @@ def plot_bench(files: list[str], to: Path) -> None:
             save(figure, to, "bench-lengths")
 
 
+def read_results(folder: Path) -> list[dict]:
+    """The rows of a comparison's results.csv: numbers as float, None where there is none."""
+    try:
+        with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["diverged"] = row["diverged"] == "True"
+            for key in row.keys() - {"attn_type", "run", "diverged"}:
+                row[key] = float(row[key]) if row[key] else None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not the folder of a comparison: {error}") from error
+    return rows
+
+
+def best_rates(rows: list[dict]) -> dict[str, float]:
+    """For each attn_type the learning rate at which the mean over seeds of the final validation
+    loss is lowest, of those at which no seed diverged; types that have none are left out."""
+    best = {}
+    for attn_type in dict.fromkeys(row["attn_type"] for row in rows):
+        losses = {}
+        for row in (row for row in rows if row["attn_type"] == attn_type):
+            loss = math.inf if row["diverged"] else row["final_val_loss"]
+            losses.setdefault(row["learning_rate"], []).append(loss)
+        rate = min(losses, key=lambda rate: mean(losses[rate]))
+        if math.isfinite(mean(losses[rate])):
+            best[attn_type] = rate
+    return best
+
+
+def plot_compare(folders: list[str], to: Path) -> None:
+    """The three pictures of a comparison: means over seeds, and bands from the lowest to the
+    highest."""
+    for folder in map(Path, folders):
+        rows = read_results(folder)
+        best = best_rates(rows)
+        logs = {row["run"]: read_log(folder / row["run"]) for row in rows if not row["diverged"]}
+        looks = look_of(list(dict.fromkeys(row["attn_type"] for row in rows)))
+        for (_, look), marker in zip(looks.items(), MARKERS * 3, strict=False):
+            look |= {"marker": marker, "markersize": 4}
+        for name, column, unit, label in (
+            ("compare-tokens", "tokens", 1e6, "tokens seen (millions)"),
+            ("compare-seconds", "seconds", 1, "time in training steps (s)"),
+        ):
+            curves = {}
+            for attn_type, rate in best.items():
+                mine = [
+                    r for r in rows if (r["attn_type"], r["learning_rate"]) == (attn_type, rate)
+                ]
+                # Without the first evaluation, of random weights, which would squeeze the others
+                seeds = [[p for p in logs[r["run"]] if p["val_loss"]][1:] for r in mine]
+                curves[attn_type] = [
+                    (mean(float(p[column]) / unit for p in at), [float(p["val_loss"]) for p in at])
+                    for at in zip(*seeds, strict=False)
+                ]
+            figure, (axis,) = new_figure(1, f"{COMPARISONS[name]}, each at its best learning rate")
+            bands(axis, curves, looks)
+            axis.set_xlabel(label)
+            save(figure, to, name)
+
+        curves = {}
+        for row in (row for row in rows if not row["diverged"]):
+            at = curves.setdefault(row["attn_type"], {}).setdefault(row["learning_rate"], [])
+            at.append(row["final_val_loss"])
+        figure, (axis,) = new_figure(1, f"{COMPARISONS['compare-rates']}, without what diverged")
+        axis.set_xscale("log")
+        bands(axis, {t: sorted(at.items()) for t, at in curves.items()}, looks)
+        rates = sorted({row["learning_rate"] for row in rows})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
+        axis.set_xlabel("learning rate (its maximum)")
+        save(figure, to, "compare-rates")
+
+
+def bands(axis, curves: dict, looks: dict) -> None:
+    """Each curve, of (x, losses over seeds), as its mean in a band from lowest to highest, with its
+    name beside its end."""
+    for attn_type, points in curves.items():
+        look, xs = looks[attn_type], [x for x, _ in points]
+        axis.plot(xs, [mean(losses) for _, losses in points], **look)
+        low, high = ([f(losses) for _, losses in points] for f in (min, max))
+        axis.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.set_ylabel("validation loss (nats per token)")
+    ends = sorted((mean(points[-1][1]), points[-1][0], t) for t, points in curves.items() if points)
+    low, high = axis.get_ylim()
+    gap, beside = (high - low) / 18, axis.get_yaxis_transform()
+    places = []  # names must not lie over each other, nor over the title
+    for end, _, _ in ends:
+        places.append(max(end, places[-1] + gap) if places else end)
+    places = [min(place, high - gap * i) for i, place in enumerate(reversed(places))][::-1]
+    for (end, x, attn_type), place in zip(ends, places, strict=True):
+        look = looks[attn_type] | {"linewidth": 1, "markevery": [1], "clip_on": False}
+        axis.plot([1.03, 1.1], [place, place], transform=beside, **look)
+        axis.text(1.12, place, attn_type, transform=beside, va="center", fontsize=8)
+        pointer = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.5, "alpha": 0.6}
+        axis.annotate("", (x, end), (1.03, place), "data", beside, arrowprops=pointer)
+    axis.set_ylim(low, high)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of a run's log.csv, as text."""
+    try:
+        with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not the folder of a run: {error}") from error
+
+
 def lines(axis, rows: list[dict], column: str, label: str) -> None:
     """`column` against T on logarithmic axes, a line for each attn_type and implementation."""
     looks = look_of([row["attn_type"] for row in rows])
@@ -258,10 +373,6 @@ def draw_scores(axis, rows: list[dict], layer: int) -> None:
 def named(attn_type: str, folder: str) -> str:
     name = Path(folder).name
     return attn_type if attn_type == name else f"{attn_type} ({name})"
-
-
-def mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def over_time(rows: list[dict], layer: int, column: str, of) -> tuple[list, list]:
@@ -433,6 +544,7 @@ def of_run(folder: Path) -> list[Path]:
 PLOTS = {
     "loss": plot_loss,
     "bench": plot_bench,
+    "compare": plot_compare,
     "ranges": plot_ranges,
     "attention": plot_attention,
     "kernel": plot_kernel,

@@ -21,13 +21,14 @@ class RunLog:
     A row of log.csv: step (updates done), tokens seen, train_loss of that step's batches (mean over
     micro-steps and ranks), or distill_loss while attentions are matched, val_loss and
     eval_train_loss where an evaluation was due, grad_norm of that step before clipping, lr,
-    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, and the seconds
-    spent in training steps so far. Those of stats.csv are in ranges.COLUMNS.
+    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, peak_mib, the most
+    memory that the process has held (MiB; of the GPU if there is one), and the seconds spent in
+    training steps so far. Those of stats.csv are in ranges.COLUMNS.
     """
 
     COLUMNS = (
         "step tokens train_loss distill_loss val_loss eval_train_loss grad_norm lr step_ms "
-        "tokens_per_s mfu seconds"
+        "tokens_per_s mfu peak_mib seconds"
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):

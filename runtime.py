@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -150,12 +151,27 @@ class Runtime:
         threads = f", {torch.get_num_threads()} threads" if self.device_type == "cpu" else ""
         return f"{self.device} ({platform.machine()}{threads})"
 
+    def peak_memory(self) -> float | None:
+        """MiB that this process has held at most, on the GPU if it uses one; None if not known.
+        Not getrusage: there a process begins with what the one that started it held."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        with suppress(OSError):  # there is no /proc but on Linux
+            return resident("VmHWM")
+        return None
+
     def close(self) -> None:
         """Leave the process group. DDP, which uses it, is part of reference cycles: were it not
         collected before, it would end after the group, and abort or hang the process."""
         if dist.is_initialized():
             gc.collect()
             dist.destroy_process_group()
+
+
+def resident(field: str) -> float:
+    """MiB of this process, from a line of Linux' /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 def lost_rank(error: RuntimeError) -> bool:

@@ -397,6 +397,7 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
             folder.mkdir(parents=True, exist_ok=True)
             found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
             found |= {"world_size": rt.world_size, "torch": torch.__version__, "launch": rt.launch}
+            found |= {"device_name": rt.device_name()}
             text = json.dumps({**asdict(config), "found": found}, indent=2)
             temporary = folder / "config.json.tmp"
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -793,6 +794,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
                 "tokens_per_s": tokens_per_step / per_step,
                 "mfu": None if matching else raw_model.estimate_mfu(sequences, per_step, T),
                 "window_seconds": seconds,
+                "peak_mib": rt.peak_memory(),
             }
             logged, seconds = step, 0.0
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, Failed, subprocess_run
 
 import bench
+import compare
 import export
 import sample
 import train
@@ -100,12 +101,20 @@ def test_a_wrong_config_file_is_told_with_its_name(tmp_path, text, said):
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_file_is_accepted_by_path_and_by_bare_name(path):
-    assert parse(train.Config, [str(path)]) == parse(train.Config, [path.stem]) != {}
+    Config = compare.CompareConfig if path.stem.startswith("compare_") else train.Config
+    assert parse(Config, [str(path)]) == parse(Config, [path.stem]) != {}
 
 
-@pytest.mark.parametrize("script", [train, sample, bench, export], ids=lambda m: m.__name__)
+SCRIPTS = [train, sample, bench, export, compare]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help_has_a_line_for_every_key(script):
-    Config = getattr(script, "BenchConfig", script.Config)
+    Config = next(
+        getattr(script, name)
+        for name in ("BenchConfig", "CompareConfig", "Config")
+        if hasattr(script, name)
+    )
     text = help_text(Config)
     for field in fields(Config):
         assert re.search(rf"^  --{field.name}=\S.* \w", text, re.MULTILINE), field.name
@@ -127,7 +136,7 @@ def test_every_key_is_read_somewhere():
 BENCH_KEYS = {f.name for f in fields(bench.BenchConfig)} - {f.name for f in fields(train.Config)}
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "export.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "export.py", "compare.py"])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
     done = subprocess_run(ROOT / script, "--no_such_key=1")
     assert done.returncode == 2 and done.stdout == ""

@@ -83,6 +83,7 @@ def test_training_imports_no_matplotlib():
         (["loss"], "python plot.py"),
         (["pie", "x"], "python plot.py"),
         (["loss", "nowhere"], "nowhere is not the folder of a run"),
+        (["compare", "nowhere"], "nowhere is not the folder of a comparison"),
         (["bench", "nothing.json"], "nothing.json is no file of bench.py"),
         (["ranges", "nowhere"], "nowhere has no stats.csv; train with --stats_interval=N"),
         (["attention", "nowhere"], 'python plot.py attention OUT --start="Some text"'),

@@ -41,6 +41,7 @@ def test_every_attention_trains_and_leaves_a_whole_run(run_train, tmp_path, attn
     assert [row["step"] for row in log if row["val_loss"]] == ["0", "2", "4"]
     assert log[-1]["tokens"] == str(4 * 2 * 4 * 16)
     assert float(log[-1]["seconds"]) > 0 and log[-1]["mfu"] == ""
+    assert float(log[-1]["peak_mib"]) > 50 or sys.platform != "linux"  # of Python and torch alone
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["attn_type"] == attn_type and config["found"]["device"] == "cpu"
 
