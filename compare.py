@@ -33,7 +33,7 @@ import torch
 import configurator
 import plot
 from configurator import ROOT, UserError
-from runlog import rows_until
+from runlog import RunLog, rows_until
 from runtime import Interrupt, Runtime, say
 from train import Config, check, holds_checkpoint, open_data
 
@@ -72,7 +72,7 @@ class Run:
         self.title = f"{c.attn_type}, learning rate {c.learning_rate:g}, seed {c.seed}"
 
     def rows(self) -> list[dict]:
-        return rows_until(self.config.max_iters, self.folder / "log.csv")
+        return rows_until(self.config.max_iters, self.folder / "log.csv", RunLog.COLUMNS)
 
     def has_same_settings(self) -> bool:
         """Whether its folder holds a run, whole or not, with the settings of this one."""
