@@ -52,7 +52,7 @@ def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
 def save_base(model: GPT, came_from: str, folder: Path) -> dict:
     """Write folder/base.pt, the model's weights without adapters; return what checkpoints say of
     it. Raises OSError as `save` does."""
-    state = {k: v.cpu() for k, v in model.state_dict().items() if ".lora_" not in k}
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
     args = {k: v for k, v in model.config.model_args().items() if not k.startswith("lora_")}
     with durable({"model": state, "model_args": args}, folder / BASE):
         pass
@@ -64,7 +64,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     sha256 = hashlib.sha256()
     for name in sorted(state):
         sha256.update(name.encode())
-        sha256.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        sha256.update(state[name].cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()
 
 
@@ -363,23 +363,23 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
 
 
 def restore(
-    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler, new_at: int = 0
+    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler
 ) -> tuple[int, float]:
     """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss.
 
     Raises UserError unless there is a state of the right shape for every parameter: fused
-    optimizers believe it without looking. After `new_at` steps the optimizer was new, without any.
+    optimizers believe it without looking. Before its first update an optimizer has none.
     """
     try:
         iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         if type(iter_num) is not int or iter_num < 0 or math.isnan(best_val_loss):
             raise ValueError(f"iter_num={iter_num!r}, best_val_loss={best_val_loss}")
-        saved = checkpoint["optimizer"]
+        saved, is_new = checkpoint["optimizer"], checkpoint.get("optimizer_is_new", iter_num == 0)
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({k: v for k, v in own.items() if k != "params"})
             for index, p in zip(group["params"], own["params"], strict=True):
                 state = saved["state"].get(index, {})
-                if state or iter_num not in (0, new_at):
+                if state or not is_new:
                     check_moments(state, p, muon="ns_steps" in own)
         optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):

@@ -35,7 +35,7 @@ import plot
 from configurator import ROOT, UserError
 from runlog import RunLog, rows_until
 from runtime import Interrupt, Runtime, say
-from train import Config, check, holds_checkpoint, open_data
+from train import Config, check, holds_checkpoint, open_data, tokens_per_step
 
 
 @dataclass
@@ -108,7 +108,6 @@ class Run:
         step_ms = [float(row["step_ms"]) for row in rows if row["step_ms"]]
         ms = round(median(step_ms), 3) if step_ms else None
         last = rows[-1] if rows else {}
-        per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
         return {
             "attn_type": config.attn_type,
             "learning_rate": config.learning_rate,
@@ -118,7 +117,7 @@ class Run:
             "steps": last.get("step"),
             "tokens": last.get("tokens"),
             "ms_per_step": ms,
-            "tokens_per_s": ms and round(1000 * per_step / ms),
+            "tokens_per_s": ms and round(1000 * tokens_per_step(config) / ms),
             "peak_mib": max((float(r["peak_mib"]) for r in rows if r["peak_mib"]), default=None),
             "diverged": diverged,
             "seconds": last.get("seconds"),
@@ -301,15 +300,15 @@ def report(rows: list[dict], runs: list[Run], command: str) -> str:
             cells[f"{rate:g}"] = f"**{text}**" if rate == best.get(attn_type) else text
         return cells
 
-    B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
     seeds = sorted({int(row["seed"]) for row in rows})
     return "\n".join(
         [
             f"# {len(types)} attentions compared",
             "",
-            f"`{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} T{T}, data set "
-            f"{config.dataset}, {config.max_iters:,} steps of {B * T:,} tokens, seeds "
-            f"{', '.join(map(str, seeds))}; {machine(runs)}.",
+            f"`{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} "
+            f"T{config.block_size}, data set {config.dataset}, {config.max_iters:,} steps of "
+            f"{tokens_per_step(config):,} tokens, seeds {', '.join(map(str, seeds))}; "
+            f"{machine(runs)}.",
             "",
             "Runs of one seed see the same batches in the same order, and are evaluated on the "
             f"same {config.eval_iters}. Losses are in nats per token, at the last step; ± is the "

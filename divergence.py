@@ -58,6 +58,9 @@ def origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
         handles.append(module.register_forward_hook(forward_hook(name)))
         handles.append(module.register_full_backward_hook(backward_hook(name)))
     model.zero_grad()
+    embedding = model.transformer.wte.weight
+    frozen = not embedding.requires_grad
+    embedding.requires_grad_(True)  # or the first layer's input would have no gradient to look at
     try:
         with rt.autocast():
             loss = model(x, y)[1]
@@ -66,6 +69,7 @@ def origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
         if not found:
             loss.backward()
     finally:
+        embedding.requires_grad_(not frozen)
         for handle in handles:
             handle.remove()
     for name, weight in model.named_parameters():

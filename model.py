@@ -608,16 +608,21 @@ class GPT(nn.Module):
         """AdamW, fused where the device has it, or with optimizer='muon' muon.MuonAdamW. Matrices
         and embeddings decay; biases and LayerNorm gains don't."""
         params = [p for p in self.parameters() if p.requires_grad]
+        in_blocks = set(self.transformer.h.parameters())
+        matrices = [p for p in params if p.dim() == 2 and p in in_blocks]
+        muons = matrices if optimizer == "muon" else []
+        for_muon = set(muons)
+        rest = [p for p in params if p not in for_muon]
         groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cuda", "cpu")
+        options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
         if optimizer == "muon":
             from muon import MuonAdamW
 
-            return MuonAdamW(self, weight_decay, learning_rate, betas, fused)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+            return MuonAdamW(muons, weight_decay, groups, **options)
+        return torch.optim.AdamW(groups, **options)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, seq_len: int | None = None, peak: float | None = None
@@ -626,7 +631,7 @@ class GPT(nn.Module):
         `fwdbwd_per_iter` sequences of `seq_len` tokens (default: block_size) in `dt` seconds use.
 
         None where the peak is not known. A token costs 6 N + 12 n_layer C T FLOPs, whatever the
-        attention does (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+        attention does (PaLM, appendix B, https://arxiv.org/abs/2204.02311); a frozen weight 2 less.
         """
         device = self.lm_head.weight.device
         peak = peak or peak_flops(
@@ -635,7 +640,11 @@ class GPT(nn.Module):
         if peak is None:
             return None
         T = seq_len or self.config.block_size
-        per_token = 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
+        if not self.transformer.wpe.weight.requires_grad:
+            frozen -= self.transformer.wpe.weight.numel()  # which N leaves out
+        per_token = 6 * self.get_num_params() - 2 * frozen
+        per_token += 12 * self.config.n_layer * self.config.n_embd * T
         return per_token * T * fwdbwd_per_iter / dt / peak
 
     @torch.no_grad()

@@ -15,18 +15,10 @@ class MuonAdamW(Optimizer):
     that the two work on.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, weight_decay: float, lr: float, betas: tuple, fused: bool
-    ):
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        hidden = [p for n, p in named if n.startswith("transformer.h.") and p.dim() == 2]
-        rest = [p for n, p in named if not (n.startswith("transformer.h.") and p.dim() == 2)]
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        muon = Muon(hidden, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = [(muon, 0, 1), (AdamW(groups, lr=lr, betas=betas, fused=fused), 1, 3)]
+    def __init__(self, muons: list, weight_decay: float, groups: list[dict], lr: float, **options):
+        """`muons` are the parameters for Muon, `groups` and `options` AdamW's."""
+        muon = Muon(muons, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = [(muon, 0, 1), (AdamW(groups, lr=lr, **options), 1, 3)]
         super().__init__([g for part, *_ in self.parts for g in part.param_groups], {})
         self._share()
 

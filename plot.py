@@ -110,14 +110,18 @@ def options_of(args: list[str], *known: str, names: int = 0) -> tuple[list[str],
 
 
 def plot_loss(folders: list[str], to: Path) -> None:
-    """Validation loss (points) and training loss (thin) of each run against tokens."""
+    """Validation loss (points) and training loss (thin) of each run against tokens. Of several, it
+    is told how many tokens each needed for the last loss of the first."""
     runs = {folder: read_run(folder, "log.csv") for folder in map(Path, folders)}
     figure, (axis,) = new_figure(
         1, "Loss against tokens: dots on validation data, thin in training"
     )
-    looks = look_of([attn_type for attn_type, _ in runs.values()])
-    for folder, (attn_type, rows) in runs.items():
+    attn_types = [attn_type for attn_type, _ in runs.values()]
+    looks = look_of(attn_types)
+    for i, (folder, (attn_type, rows)) in enumerate(runs.items()):
         name = attn_type if attn_type == folder.name else f"{attn_type} ({folder.name})"
+        if before := attn_types[:i].count(attn_type):  # a run of the same colour
+            looks[attn_type]["linestyle"] = STYLES[before % 3]
         for column, style in (
             ("train_loss", {"linewidth": 0.6, "alpha": 0.5}),
             ("val_loss", {"marker": "o", "markersize": 3, "label": name}),
@@ -128,6 +132,26 @@ def plot_loss(folders: list[str], to: Path) -> None:
     axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False, fontsize=8)
     save(figure, to, "loss")
+    first, *others = ((folder, evaluations(rows)) for folder, (_, rows) in runs.items())
+    for folder, points in others:
+        print(reached(folder, points, *first))
+
+
+def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
+    """Tokens and validation loss of a log's evaluations."""
+    return [(int(r["tokens"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
+
+
+def reached(folder: Path, points: list, other: Path, other_points: list) -> str:
+    """After how many tokens an evaluation of a run first found the last loss of another one."""
+    if not other_points:
+        return f"{other} has no validation loss"
+    budget, goal = other_points[-1]
+    told = f"the {goal:.4f} that {other} has after {budget:,} tokens"
+    tokens = next((tokens for tokens, loss in points if loss <= goal), None)
+    if tokens is None:
+        return f"{folder} does not come to {told}"
+    return f"{folder} comes to {told} after {tokens:,}, {tokens / max(1, budget):.2f} of them"
 
 
 def plot_bench(files: list[str], to: Path) -> None:

@@ -132,9 +132,12 @@ PER_LAUNCH = set(
 # What a resumed run must share with the one before to end where that would have ended
 TRAJECTORY = (
     "seed dataset gradient_accumulation_steps batch_size dropout optimizer learning_rate "
-    "weight_decay beta1 lr_schedule "
-    "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr distill_iters"
+    "weight_decay beta1 beta2 grad_clip decay_lr lr_schedule warmup_iters lr_decay_iters min_lr "
+    "teacher distill_iters"
 ).split()
+# What does nothing without another key
+NEEDS = {"lora_alpha": "lora_rank", "lora_targets": "lora_rank"}
+NEEDS |= {"distill_iters": "teacher", "eval_stride": "datasets"}
 DRAWN_FROM = 100  # steps: pictures take two seconds, which shorter runs should not
 
 # ----------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, 
         saved[k] = configurator.convert(Config, k, v, f"{k}={v!r} in the config of {path}")
     config = Config(**{**saved, **given})
     check(config)
-    if config.init_from == "resume" and not config.allow_mismatch:
+    if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
         check_trajectory(Config(**saved), config, path)
     return config, source, path
 
@@ -184,9 +187,7 @@ def read_config(given: dict, rt: runtime.Runtime) -> tuple[Config, dict | None, 
 def check_trajectory(old: Config, new: Config, path: Path) -> None:
     """Raise UserError if a resumed run would not go on as the run in `path` did."""
     before, after = (
-        asdict(config)
-        | dict(zip(("lr_decay_iters", "min_lr"), schedule(config), strict=True))
-        | {"distill_iters": matching_steps(config)}
+        asdict(config) | dict(zip(("lr_decay_iters", "min_lr"), schedule(config), strict=True))
         for config in (old, new)
     )
     changed = [key for key in TRAJECTORY if before[key] != after[key]]
@@ -453,6 +454,10 @@ def schedule(config: Config) -> tuple[int, float]:
     return end, config.learning_rate / 10 if config.min_lr is None else config.min_lr
 
 
+def tokens_per_step(config: Config) -> int:
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
 def matching_steps(config: Config) -> int:
     """How many of the steps match the teacher's attention, before those end to end."""
     if config.teacher is None:
@@ -471,7 +476,7 @@ def learning_rate(step: int, config: Config) -> float:
     if step >= end:
         return min_lr
     if config.lr_schedule == "wsd":
-        left = min(1.0, 5 * (end - step) / end)
+        left = min(1.0, (end - step) / min(end / 5, end - config.warmup_iters))
         return min_lr + (config.learning_rate - min_lr) * left
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0..1
     return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
@@ -587,7 +592,7 @@ def main() -> None:
         rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
         stack.callback(rt.close)
         try:
-            code = train(given, rt, stack)
+            code = train(given, rt)
         except UserError as error:
             traceback.clear_frames(error.__traceback__)  # DDP must end before its process group
             raise
@@ -606,8 +611,8 @@ def main() -> None:
         sys.exit(code)
 
 
-def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
-    """The whole run; returns the exit code. What has to be closed at its end goes on the stack."""
+def train(given: dict, rt: runtime.Runtime) -> int:
+    """All that the user asked for; returns the exit code."""
     config, source, source_path = read_config(given, rt)
     (restarts,) = rt.sum([float(rt.restarts)])  # not every node must have counted the same
     if restarts and rt.from_main(lambda: saved_by_this_launch(run_folder(config), rt)):
@@ -615,6 +620,9 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
         given.pop("save_dir", None)
         config, source, source_path = read_config(given, rt)
         rt.print(f"restarted: going on with {os.path.relpath(config.out_dir)}")
+    for key, other in NEEDS.items():
+        if given.get(key) is not None and not getattr(config, other):
+            raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
     data = None if config.datasets else open_data(config, rt)
     if config.init_from == "scratch":
         raw_model = new_model(config, data)
@@ -631,197 +639,243 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     # From here on config tells what is, e.g. the architecture that a checkpoint brought along
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(raw_model.config, key))
+    config.distill_iters = matching_steps(config) if config.teacher else None
     if config.datasets:
-        names = [name.strip() for name in config.datasets.split(",")]
-        rows = evaluate.evaluate(raw_model, known_as, names, config, rt)
-        if rt.is_main and rows:
-            about = {"model": str(where), "step": source["iter_num"] if source else None}
-            about |= {"attn_type": config.attn_type, "dtype": rt.dtype}
-            evaluate.write(rows, about, Path(config.out_dir))
-        return 0 if len(rows) == len(set(names)) else 2
-    B, T = config.batch_size, config.block_size
-    data.check_length(T)
-    tokens_per_step = config.gradient_accumulation_steps * B * T
+        step = source.get("iter_num") if source else None
+        return evaluate.run(raw_model, known_as, {"model": str(where), "step": step}, config, rt)
+
+    data.check_length(config.block_size)
     impl = choose_impl(config, rt)
     rt.print(
         f"{config.attn_type} ({impl}) on {rt.device}, {rt.dtype}, "
         f"compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
-        f"{raw_model.get_num_params():,} parameters, {tokens_per_step:,} tokens per step, "
+        f"{raw_model.get_num_params():,} parameters, {tokens_per_step(config):,} tokens per step, "
         f"data set {data.name}"
     )
     # Until here a signal ends the process, from here on it waits for the end of a step
-    interrupt = stack.enter_context(runtime.Interrupt())
-    if config.eval_only:
-        losses, signals = estimate_loss(rt.compiled(raw_model), data, rt, config, interrupt)
-        if not any(signals):
-            rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        return exit_code(signals)
-
-    fingerprint = rt.from_main(data.fingerprint)
-    n_matching, base = matching_steps(config), None
-    step, best_val_loss, evaluated = 0, math.inf, -1  # updates done; the step evaluated last
-    if resumes := config.init_from == "resume":
-        if not config.allow_mismatch:
-            check_data(source, fingerprint, source_path, data.name)
-        step, base = source.get("iter_num", 0), source.get("base")
-        if step < n_matching:
-            teacher = load_teacher(source_path.parent, base, rt)
-    matching = Matching(raw_model, teacher).to(rt.device) if step < n_matching else None
-    optimizer = new_optimizer(raw_model, config, rt)
-    scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
-    if resumes:
-        step, best_val_loss = rt.from_main(
-            lambda: ckpt.restore(source, source_path, optimizer, scaler, n_matching)
-        )
-        ckpt.share_state(optimizer, scaler, rt)
-        evaluated = step if source.get("evaluated", step) == step else -1
-    source = None  # frees its memory
-
-    folder = prepare_folder(config, source_path, rt)
-    if not resumes and (teacher or config.lora_rank):
-        base = rt.from_main(lambda: write_base(teacher or raw_model, config, source_path, folder))
-    eval_model = rt.compiled(raw_model)  # not under DDP: there are no gradients to sync
-    model = rt.wrap(rt.compiled(matching) if matching else eval_model)
-    log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
-    saver = ckpt.Saver(folder, log.say, step if resumes else None)
-
-    def load(step, micro_step):
-        return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
-
-    def save(is_best=False) -> bool:
-        if not all(w.isfinite().all() for w in raw_model.parameters()):  # on all ranks the same
-            raise diverged("the weights are not finite", step, saver, config)
-        if not rt.is_main:
-            return True
-        state = raw_model.state_dict()
-        checkpoint = {
-            "model": {k: v for k, v in state.items() if not config.lora_rank or ".lora_" in k},
-            "optimizer": optimizer.state_dict(),
-            "model_args": raw_model.config.model_args(),
-            "iter_num": step,
-            "best_val_loss": best_val_loss,
-            "config": asdict(config),
-            "tokenizer": data.tokenizer,
-            "scaler": scaler.state_dict(),
-            "data": fingerprint,
-            "evaluated": evaluated,
-            **({"base": base} if base else {}),
-        }
-        return saver.save(checkpoint, is_best)
-
-    def measure() -> list[dict]:
-        x, _ = rt.to_device(*data.batch("val", EVAL, config.seed, 0, 0, min(B, 4), T))
-        return ranges.measure(raw_model, x, rt)
-
-    def diagnosis(step) -> str:
-        """Where this rank's micro-steps are not finite; '' if they are, or there is no memory."""
-
-        def again():
-            for m in micro_steps:
-                if config.dropout > 0:
-                    torch.manual_seed(dropout_seed(config.seed, step, m))
-                yield load(step, m)
-
-        with suppress(torch.OutOfMemoryError):
-            return where_it_began(raw_model, again(), rt) or ""
-        return ""
-
-    def due(step, interval) -> bool:
-        return step % interval == 0 or step in (n_matching, config.max_iters)
-
-    if step >= config.max_iters and step == evaluated:
-        log.say(f"{step} steps are done already; pass a larger --max_iters to go on")
-    micro_steps = rt.share(config.gradient_accumulation_steps)
-    batches = Batches(load, micro_steps, step, config.max_iters)
-    row = {"step": 0, "tokens": 0} if step == 0 else {}
-    logged, seconds, skipped, signals = step, 0.0, 0, [0.0, 0.0]
-    while True:
-        if matching and step >= n_matching:  # from here on end to end
-            matching.release()
-            matching, model = None, rt.wrap(eval_model)
-            optimizer = new_optimizer(raw_model, config, rt)
-
-        # Evaluate, log and save what the steps so far have come to
-        saves, is_best, before = saver.retries(), False, best_val_loss
-        if due(step, config.eval_interval) and evaluated < step and not any(signals):
-            losses, signals = estimate_loss(eval_model, data, rt, config, interrupt)
+    with runtime.Interrupt() as interrupt:
+        if config.eval_only:
+            losses, signals = estimate_loss(rt.compiled(raw_model), data, rt, config, interrupt)
             if not any(signals):
-                row |= {"step": step, "val_loss": losses["val"], "tokens": step * tokens_per_step}
-                row |= {"eval_train_loss": losses["train"]}
-                evaluated, best_val_loss = step, min(before, losses["val"])
-                is_best = best_val_loss < before and (step > 0 or config.max_iters == 0)
+                rt.print(f"eval: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            return exit_code(signals)
+        run = Run(config, rt, data, raw_model, teacher, source, source_path, interrupt)
+        source = teacher = None  # frees their memory, the teacher's when its time is over
+        with closing(run.log):
+            return run.to_the_end()
+
+
+class Run:
+    """A run: all that a checkpoint holds, and the loop that changes it.
+
+    `step` counts the updates done, `evaluated` is the step that was evaluated last. `signals`, how
+    many ranks got SIGTERM and SIGINT, ends it.
+    """
+
+    def __init__(self, config, rt, data, raw_model, teacher, source, source_path, interrupt):
+        self.config, self.rt, self.data, self.raw_model = config, rt, data, raw_model
+        self.interrupt, self.signals = interrupt, [0.0, 0.0]
+        self.step, self.best_val_loss, self.evaluated = 0, math.inf, -1
+        self.fingerprint, self.base = rt.from_main(data.fingerprint), None
+        self.n_matching = matching_steps(config)
+        if resumes := config.init_from == "resume":
+            if not config.allow_mismatch:
+                check_data(source, self.fingerprint, source_path, data.name)
+            self.step, self.base = source.get("iter_num", 0), source.get("base")
+            if self.step < self.n_matching:
+                teacher = load_teacher(source_path.parent, self.base, rt)
+        matches = self.step < self.n_matching
+        self.matching = Matching(raw_model, teacher).to(rt.device) if matches else None
+        self.optimizer = new_optimizer(raw_model, config, rt)
+        self.scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
+        if resumes:
+            state = self.optimizer, self.scaler
+            self.step, self.best_val_loss = rt.from_main(
+                lambda: ckpt.restore(source, source_path, *state)
+            )
+            ckpt.share_state(*state, rt)
+            self.evaluated = self.step if source.get("evaluated", self.step) == self.step else -1
+
+        self.folder = prepare_folder(config, source_path, rt)
+        if not resumes and (teacher or config.lora_rank):
+            self.base = rt.from_main(
+                lambda: write_base(teacher or raw_model, config, source_path, self.folder)
+            )
+        self.eval_model = rt.compiled(raw_model)  # not under DDP: there are no gradients to sync
+        self.model = rt.wrap(rt.compiled(self.matching) if self.matching else self.eval_model)
+        self.log = RunLog(self.folder, config, rt, self.step)
+        self.saver = ckpt.Saver(self.folder, self.log.say, self.step if resumes else None)
+
+    def to_the_end(self) -> int:
+        """Train until max_iters or a signal. Returns the exit code."""
+        config, log = self.config, self.log
+        if self.step >= config.max_iters and self.step == self.evaluated:
+            log.say(f"{self.step} steps are done already; pass a larger --max_iters to go on")
+        batches = Batches(self.load, self.micro_steps(), self.step, config.max_iters)
+        row, logged, seconds, skipped = {}, self.step, 0.0, 0
+        while True:
+            if self.matching and self.step >= self.n_matching:
+                self.begin_end_to_end()
+            self.evaluate_log_save(row)
+            row = {}
+            if any(self.signals) or self.step >= config.max_iters:
+                break
+            lr = learning_rate(self.step, config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            started = time.perf_counter()
+            loss, norm, updated, self.signals = train_step(
+                *(self.model, self.optimizer, self.scaler, batches, self.rt, config, self.step),
+                self.interrupt,
+            )
+            seconds += time.perf_counter() - started
+            if not updated:
+                skipped += 1
+                self.skip(loss, norm, skipped)
+            self.step += 1
+            if self.due(config.log_interval) or self.due(config.eval_interval):
+                row = {"distill_loss" if self.matching else "train_loss": loss, "grad_norm": norm}
+                row |= {"lr": lr, **self.speed(seconds, self.step - logged)}
+                logged, seconds = self.step, 0.0
+
+        shown = os.path.relpath(self.folder)
+        if any(self.signals):
+            log.say(
+                f"stopped at step {self.step}; go on with  --init_from=resume --out_dir={shown}"
+            )
+            return exit_code(self.signals)
+        log.say(f"best val loss {self.best_val_loss:.4f}; the run is in {shown}")
+        draws = config.plot and self.step >= DRAWN_FROM
+        log.end(partial(pictures, self.folder) if draws else None)
+        return 1 if self.saver.failed else 0
+
+    def micro_steps(self) -> range:
+        return self.rt.share(self.config.gradient_accumulation_steps)
+
+    def load(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) on the device."""
+        config = self.config
+        key = "train", TRAIN, config.seed, step, micro_step, config.batch_size, config.block_size
+        return self.rt.to_device(*self.data.batch(*key))
+
+    def due(self, interval: int) -> bool:
+        """Whether what happens every `interval` steps happens now."""
+        return self.step % interval == 0 or self.step in (self.n_matching, self.config.max_iters)
+
+    def begin_end_to_end(self) -> None:
+        """From here on the whole model is trained, no longer each attention by its teacher's."""
+        self.matching.release()
+        self.matching, self.model = None, self.rt.wrap(self.eval_model)
+        self.optimizer = new_optimizer(self.raw_model, self.config, self.rt)
+
+    def evaluate_log_save(self, row: dict) -> None:
+        """Evaluate, log and save what the steps so far have come to, each if it is due; `row` is
+        what the log is to say of the last."""
+        config, step, log = self.config, self.step, self.log
+        saves, is_best, before = self.saver.retries(), False, self.best_val_loss
+        if self.due(config.eval_interval) and self.evaluated < step and not any(self.signals):
+            losses, self.signals = estimate_loss(
+                self.eval_model, self.data, self.rt, config, self.interrupt
+            )
+            if not any(self.signals):
+                row |= {"val_loss": losses["val"], "eval_train_loss": losses["train"]}
+                self.evaluated, self.best_val_loss = step, min(before, losses["val"])
+                is_best = self.best_val_loss < before and (step > 0 or config.max_iters == 0)
                 saves |= is_best or step == config.max_iters
                 saves |= step > 0 and config.always_save_checkpoint
         if row:
-            log.write(**row)
-            row = {}
-        if config.stats_interval and due(step, config.stats_interval) and not any(signals):
-            log.write_stats(step, measure)
-        if saves or any(signals) and saver.step != step:
-            if not save(is_best) and is_best:
-                best_val_loss = before  # best.pt is still the one of that loss
-        if any(signals) or step >= config.max_iters:
-            break
+            log.write(step=step, tokens=step * tokens_per_step(config), **row)
+        if config.stats_interval and self.due(config.stats_interval) and not any(self.signals):
+            log.write_stats(step, self.measure)
+        if saves or any(self.signals) and self.saver.step != step:
+            if not self.save(is_best) and is_best:
+                self.best_val_loss = before  # best.pt is still the one of that loss
 
-        # One step
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        started = time.perf_counter()
-        loss, norm, updated, signals = train_step(
-            model, optimizer, scaler, batches, rt, config, step, interrupt
+    def save(self, is_best: bool) -> bool:
+        """Write a checkpoint; whether that succeeded."""
+        if not all(
+            w.isfinite().all() for w in self.raw_model.parameters()
+        ):  # the same on all ranks
+            raise self.diverged("the weights are not finite")
+        if not self.rt.is_main:
+            return True
+        lora, state = self.config.lora_rank, self.raw_model.state_dict()
+        checkpoint = {
+            "model": {k: v for k, v in state.items() if not lora or ".lora_" in k},
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_is_new": not self.optimizer.state,
+            "model_args": self.raw_model.config.model_args(),
+            "iter_num": self.step,
+            "best_val_loss": self.best_val_loss,
+            "config": asdict(self.config),
+            "tokenizer": self.data.tokenizer,
+            "scaler": self.scaler.state_dict(),
+            "data": self.fingerprint,
+            "evaluated": self.evaluated,
+            **({"base": self.base} if self.base else {}),
+        }
+        return self.saver.save(checkpoint, is_best)
+
+    def speed(self, seconds: float, steps: int) -> dict:
+        """What the log says of the last steps' time, and of memory."""
+        config, per_step = self.config, seconds / steps
+        sequences = config.gradient_accumulation_steps * config.batch_size // self.rt.world_size
+        mfu = self.raw_model.estimate_mfu(sequences, per_step, config.block_size)
+        return {
+            "step_ms": 1000 * per_step,
+            "tokens_per_s": tokens_per_step(config) / per_step,
+            "mfu": None if self.matching else mfu,
+            "window_seconds": seconds,
+            "peak_mib": self.rt.peak_memory(),
+        }
+
+    def measure(self) -> list[dict]:
+        """Rows of stats.csv, from the first validation sequences."""
+        B, T = min(self.config.batch_size, 4), self.config.block_size
+        x, _ = self.rt.to_device(*self.data.batch("val", EVAL, self.config.seed, 0, 0, B, T))
+        return ranges.measure(self.raw_model, x, self.rt)
+
+    def skip(self, loss: float, norm: float, skipped: int) -> None:
+        """Pass over a step whose loss or gradient is not finite, the skipped-th. Raises UserError
+        if they are too many."""
+        what = f"loss {loss:.4g} and gradient norm {norm:.4g}"
+        if skipped > self.config.skip_nonfinite:
+            found = [line for line in self.rt.gather(self.diagnosis()) if line]
+            raise self.diverged(what + (f"; {found[0]}" if found else ""))
+        limit = self.config.skip_nonfinite
+        self.log.say(f"step {self.step + 1}: {what}: skipped, {skipped} of {limit}")
+
+    def diagnosis(self) -> str:
+        """Where this rank's micro-steps are not finite; '' if that can't be said: they are, there
+        is no memory, or it was in a layer's matching."""
+
+        def again():
+            for m in self.micro_steps():
+                if self.config.dropout > 0:
+                    torch.manual_seed(dropout_seed(self.config.seed, self.step, m))
+                yield self.load(self.step, m)
+
+        found = None
+        with suppress(torch.OutOfMemoryError):
+            found = None if self.matching else where_it_began(self.raw_model, again(), self.rt)
+        return found or ""
+
+    def diverged(self, what: str) -> UserError:
+        kept = "there is no checkpoint yet"
+        if self.saver.step is not None:
+            shown = os.path.relpath(self.folder)
+            kept = f"the checkpoint in {shown} is that of step {self.saver.step}"
+        more = ", with more squarings n" if self.config.attn_type.startswith("GKpoly") else ""
+        return UserError(
+            f"step {self.step + 1} was not done: {what}. {kept}; start again with a lower "
+            f"--learning_rate{more}, or go on from there with --skip_nonfinite=N, past N such steps"
         )
-        seconds += time.perf_counter() - started
-        if not updated:
-            skipped += 1
-            what = f"loss {loss:.4g} and gradient norm {norm:.4g}"
-            if skipped > config.skip_nonfinite:
-                found = [line for line in rt.gather(diagnosis(step)) if line]
-                what += f"; {found[0]}" if found else ""
-                raise diverged(what, step, saver, config)
-            log.say(f"step {step + 1}: {what}: skipped, {skipped} of {config.skip_nonfinite}")
-        step += 1
-        if due(step, config.log_interval) or due(step, config.eval_interval):
-            per_step = seconds / (step - logged)
-            sequences = config.gradient_accumulation_steps * B // rt.world_size
-            row = {
-                "step": step,
-                "tokens": step * tokens_per_step,
-                "distill_loss" if matching else "train_loss": loss,
-                "grad_norm": norm,
-                "lr": lr,
-                "step_ms": 1000 * per_step,
-                "tokens_per_s": tokens_per_step / per_step,
-                "mfu": None if matching else raw_model.estimate_mfu(sequences, per_step, T),
-                "window_seconds": seconds,
-                "peak_mib": rt.peak_memory(),
-            }
-            logged, seconds = step, 0.0
-
-    shown = os.path.relpath(folder)
-    if any(signals):
-        log.say(f"stopped at step {step}; go on with  --init_from=resume --out_dir={shown}")
-        return exit_code(signals)
-    log.say(f"best val loss {best_val_loss:.4f}; the run is in {shown}")
-    log.end(partial(pictures, folder) if config.plot and step >= DRAWN_FROM else None)
-    return 1 if saver.failed else 0
 
 
 def exit_code(signals: list[float]) -> int:
     """What a shell expects of a process that SIGTERM or SIGINT has ended; 0 for none."""
     terminate, interrupt = signals
     return 143 if terminate else 130 if interrupt else 0
-
-
-def diverged(what: str, step: int, saver: ckpt.Saver, config: Config) -> UserError:
-    kept = "there is no checkpoint yet"
-    if saver.step is not None:
-        kept = f"the checkpoint in {os.path.relpath(saver.folder)} is that of step {saver.step}"
-    more = ", with more squarings n" if config.attn_type.startswith("GKpoly") else ""
-    return UserError(
-        f"step {step + 1} was not done: {what}. {kept}; start again with a lower --learning_rate"
-        f"{more}, or go on from there with --skip_nonfinite=N, past N such steps"
-    )
 
 
 if __name__ == "__main__":

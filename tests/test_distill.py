@@ -97,9 +97,29 @@ def test_a_resumed_conversion_ends_bit_for_bit(run_train, tmp_path, stop, option
         assert all(torch.equal(t, run["optimizer"]["state"][i][k]) for k, t in state.items())
 
 
-def test_two_ranks_end_where_one_does(run_train, tmp_path, data_dir):
+def test_a_finished_conversion_can_be_made_longer(run_train, tmp_path):
     run_train("--out_dir=teacher", "--attn_type=SM")
-    args = [*DISTILL[:2], "--attn_type=GK", "--distill_iters=2", "--max_iters=4"]
+    run_train(*DISTILL, "--max_iters=4")  # two steps of each kind
+    with pytest.raises(Failed, match="pass --lr_decay_iters=4"):
+        run_train("--out_dir=student", "--init_from=resume", "--max_iters=8")
+    run_train("--out_dir=student", "--init_from=resume", "--max_iters=8", "--lr_decay_iters=4")
+    assert sum(bool(r["distill_loss"]) for r in rows(tmp_path / "student")) == 2
+
+
+def test_a_compiled_conversion_does_the_same(run_train, tmp_path):
+    run_train("--out_dir=teacher", "--attn_type=SM")
+    losses = []
+    for compiled in ("True", "False"):
+        run_train(*DISTILL, "--max_iters=4", f"--compile={compiled}")
+        losses.append([float(r["distill_loss"] or r["train_loss"] or 0)
+                       for r in rows(tmp_path / "student")])  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--optimizer=muon", "--lora_rank=2"]])
+def test_two_ranks_end_where_one_does(run_train, tmp_path, data_dir, options):
+    run_train("--out_dir=teacher", "--attn_type=SM")
+    args = [*DISTILL[:2], "--attn_type=GK", "--distill_iters=2", "--max_iters=4", *options]
     args += ["--dataset=abc", f"--data_dir={data_dir}", "--batch_size=4", "--device=cpu"]
     args += ["--gradient_accumulation_steps=4", "--eval_iters=2", "--warmup_iters=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

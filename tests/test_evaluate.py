@@ -120,10 +120,23 @@ def test_the_last_word_is_guessed_or_not():
     model = Oracle(GPTConfig(64, V, 1, 1, V))
     torch.nn.init.eye_(model.lm_head.weight)
     rt = runtime.Runtime("cpu", "float32", False)
-    last_words = torch.tensor([n for _, n in found])
-    sums = evaluate.score(model, tokens, [w for w, _ in found], last_words, 2, rt, "x")
+    windows, last_words = [window for window, _ in found], [n for _, n in found]
+    task = evaluate.Task("x", "test", tokens, windows, None, last_words)
+    sums = evaluate.score(model, task, 2, rt)
     assert sum(s[2] for s in sums) == 2  # "mat" twice; "cat" would have needed a "c"
     assert sum(s[1] for s in sums) == len("".join(PASSAGES)) - 3
+
+
+def test_a_last_word_of_several_tokens_is_whole():
+    class Pieces:  # as BPE has them: a blank belongs to the word behind it
+        pieces, eot = ["<>", "the", " cat", " s", "at", " on", " mat", "\n"], 0
+
+        def decode(self, ids):
+            return "".join(self.pieces[i] for i in ids)
+
+    tokens = np.array([1, 2, 3, 4, 0, 1, 6, 7, 0, 1])  # the cat sat <> the mat \n <> the
+    assert evaluate.passages(tokens, Pieces(), 64) == [((0, 3, 0), 2), ((5, 7, 0), 2)]
+    assert evaluate.passages(tokens, Pieces(), 1) == [((2, 3, 0), 1), ((6, 7, 0), 1)]
 
 
 def test_last_words_are_told_apart_from_the_rest(run, run_train, tmp_path, data_dir):
@@ -135,8 +148,57 @@ def test_last_words_are_told_apart_from_the_rest(run, run_train, tmp_path, data_
     write_split(data_dir / "last", "test", ids, **{**meta, "last_word": True})
     out = run("train", "EVAL", "--out_dir=run", "--datasets=last", f"--data_dir={data_dir}")
     row = results(tmp_path / "run")["last"]
-    assert row["last_word_accuracy"] in (0, 1) and row["last_word_perplexity"] > 1
-    assert row["tokens"] == 16 and "last_word_accuracy" in out
+    from sample import load
+
+    model, _ = load(tmp_path / "run")
+    ids = torch.from_numpy(ids[-17:].astype(np.int64))  # the last 16 targets
+    targets = ids[1:]
+    with torch.no_grad():
+        logits = model(ids[None, :-1], ids[None, 1:])[0][0]
+    hits = logits.argmax(dim=1) == targets
+    last = F.cross_entropy(logits[-3:], targets[-3:], reduction="sum").item()
+    assert row["last_word_accuracy"] == float(hits[-3:].all())
+    assert row["last_word_perplexity"] == pytest.approx(math.exp(last), rel=1e-4)
+    assert row["tokens"] == 16 and "last word" in out
+    assert row["word_perplexity"] is None  # passages need not be scored whole
+
+
+def test_other_data_and_batches_than_the_runs_may_be_evaluated(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run")
+    (data_dir / "abc").rename(data_dir / "other")
+    args = ["EVAL", "--out_dir=run", f"--data_dir={data_dir}", "--batch_size=2", "--eval_iters=2"]
+    assert "val loss" in run("train", *args, "--dataset=other")
+    run("train", *args, "--datasets=other")
+    with pytest.raises(Failed, match="batch_size=4, not 2"):
+        run_train("--out_dir=run", "--init_from=resume", "--dataset=other", "--batch_size=2")
+
+
+def test_rows_stay_while_the_model_does(run, run_train, tmp_path, data_dir):
+    run_train("--out_dir=run", "--attn_type=SM")
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    del meta["train_tokens"], meta["val_tokens"]
+    write_split(data_dir / "two", "val", [1, 2, 3], **meta)
+    write_split(data_dir / "one", "val", [1], **meta)
+    args = ["EVAL", "--out_dir=run", f"--data_dir={data_dir}"]
+    run("train", *args, "--datasets=abc")
+    run("train", *args, "--datasets=two")
+    assert results(tmp_path / "run").keys() == {"abc", "two"}
+    run("train", *args, "--datasets=two", "--init_from=finetune", "--attn_type=GK")
+    assert results(tmp_path / "run").keys() == {"two"}
+    with pytest.raises(Failed, match="one: .* has nothing to predict"):
+        run("train", *args, "--datasets=one")
+
+
+def test_logits_are_never_rounded_to_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 50, 1, 2, 16)).eval()
+    x, y = torch.randint(50, (2, 3, 16))
+    hidden = 20 * torch.randn(3, 16, 16)
+    monkeypatch.setattr(model, "hidden", lambda idx, pos: hidden)
+    exact = evaluate.token_scores(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = evaluate.token_scores(model, x, y)
+    assert torch.equal(exact[0], rounded[0]) and torch.equal(exact[1], rounded[1])
 
 
 def test_what_is_not_there_is_a_line_and_the_others_go_on(

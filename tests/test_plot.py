@@ -19,6 +19,20 @@ def test_the_losses_of_runs_are_drawn(run, run_train, tmp_path):
     assert "<svg" in svg
 
 
+def test_of_several_runs_it_is_told_when_they_come_to_the_first_ones_loss(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    logs = {"a": [(0, 4.0), (100, 2.0), (200, 1.5)], "b": [(0, 4.0), (50, 2.0), (150, 1.4)]}
+    logs["c"] = [(0, 4.0), (900, 1.6)]
+    for name, points in logs.items():
+        (tmp_path / name).mkdir()
+        lines = ["tokens,train_loss,val_loss", *(f"{t},,{loss}" for t, loss in points)]
+        (tmp_path / name / "log.csv").write_text("\n".join(lines) + "\n")
+        (tmp_path / name / "config.json").write_text('{"attn_type": "SM"}')
+    out = run("plot", "loss", "a", "b", "c")
+    assert "b comes to the 1.5000 that a has after 200 tokens after 150, 0.75 of them" in out
+    assert "c does not come to the 1.5000 that a has" in out
+
+
 def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
     pytest.importorskip("matplotlib")
     args = [*TINY, "--vocab_size=11", "--steps=1", "--warmup=0", "--min_T=16", "--max_T=64"]

@@ -13,6 +13,7 @@ import torch
 from conftest import EVERY_ATTN_TYPE, ROOT, TINY, Failed, subprocess_run, write_dataset
 
 import checkpoint as ckpt
+import train
 from train import Config, learning_rate
 
 
@@ -192,12 +193,13 @@ def write_gpt2_dataset(folder):
         np.arange(200, dtype="<u2").tofile(folder / f"{split}.bin")
 
 
-def test_two_ranks_train_like_one(run_train, tmp_path, data_dir):
-    four = "--gradient_accumulation_steps=4"
-    run_train("--out_dir=one", "--attn_type=GK", "--dropout=0.1", four)
-    args = ["--out_dir=two", "--attn_type=GK", "--dropout=0.1", "--max_iters=4", "--warmup_iters=2"]
-    args += [*TINY, "--dataset=abc", f"--data_dir={data_dir}"]
-    args += [four]  # two for each rank
+@pytest.mark.parametrize("options", [[], ["--optimizer=muon", "--lora_rank=2"]])
+def test_two_ranks_train_like_one(run_train, tmp_path, data_dir, options):
+    options = [*options, "--gradient_accumulation_steps=4", "--attn_type=GK", "--dropout=0.1"]
+    run_train("--out_dir=one", *options)
+    run_train("--out_dir=two", *options, "--max_iters=2", "--lr_decay_iters=4")
+    args = ["--out_dir=two", "--init_from=resume", "--max_iters=4", "--lr_decay_iters=4"]
+    args += [f"--data_dir={data_dir}", "--device=cpu"]  # two micro-steps for each rank
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess_run(*torchrun, ROOT / "train.py", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -367,12 +369,39 @@ def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path,
         run_train("--out_dir=run2", *args, "--skip_nonfinite=1")
 
 
+def test_a_run_whose_first_step_was_passed_over_can_be_resumed(run_train, tmp_path, monkeypatch):
+    import model
+
+    factor = [1.0]
+    entry = model.Pointwise("dot", lambda x: x * factor[0], by_length=True)
+    monkeypatch.setitem(model.POINTWISE, "PA_moody", entry)
+    args = ["--out_dir=run", "--decay_lr=False", "--skip_nonfinite=1", "--eval_iters=1"]
+    train_step = train.train_step
+
+    def only_the_first_is_bad(*a):
+        factor[0] = float("inf") if a[6] == 0 else 1.0
+        result = train_step(*a)
+        factor[0] = 1.0
+        return result
+
+    monkeypatch.setattr(train, "train_step", only_the_first_is_bad)
+    run_train(*args, "--attn_type=PA_moody", "--attn_impl=reference", "--max_iters=1")
+    assert ckpt.load(tmp_path / "run" / "ckpt.pt")["optimizer"]["state"] == {}
+    run_train(*args, "--init_from=resume", "--max_iters=2")
+    assert ckpt.load(tmp_path / "run" / "ckpt.pt")["iter_num"] == 2
+
+
+@pytest.mark.parametrize("given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4"])
+def test_what_would_do_nothing_is_refused(run_train, tmp_path, given):
+    with pytest.raises(Failed, match=f"{given}.* does nothing without --") as failed:
+        run_train("--out_dir=run", f"--{given}")
+    assert failed.value.code == 2 and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("place", ["train_step", "estimate_loss"])
 def test_an_interrupted_run_saves_and_ends_like_the_whole_one(
     run_train, tmp_path, monkeypatch, place
 ):
-    import train
-
     args = ["--eval_interval=2", "--attn_type=GK", "--dropout=0.1"]
     run_train("--out_dir=whole", *args)
     calls, original = [], getattr(train, place)
@@ -481,6 +510,10 @@ def test_wsd_is_constant_until_its_last_fifth():
     rates = [learning_rate(step, config) for step in range(22)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:17] == [1.0] * 13
     assert rates[17:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+    config.warmup_iters = 18  # it decays when the warm-up is over
+    assert [learning_rate(s, config) for s in (17, 18, 19, 20)] == pytest.approx(
+        [18 / 19, 1.0, 0.6, 0.2]
+    )
 
 
 def test_wandb_gets_the_rows_of_the_log(run_train, tmp_path, monkeypatch):
