@@ -209,6 +209,15 @@ def check_data(source: dict, fingerprint: dict, path: Path, name: str) -> None:
         )
 
 
+def check_same_everywhere(data: Dataset, rt: runtime.Runtime) -> None:
+    """Raise UserError on all ranks unless each has the same files."""
+    known, here = rt.from_main(data.fingerprint), None
+    with suppress(UserError):
+        here = known if rt.is_main else data.fingerprint()
+    if any(rt.gather("" if here == known else "other")):
+        raise UserError(f"data set {data.name} is not the same on all nodes; copy it from one")
+
+
 def saved_by_this_launch(folder: Path, rt: runtime.Runtime) -> bool:
     """Whether `folder` holds a checkpoint of this torchrun, made before it started us again."""
     try:
@@ -624,6 +633,8 @@ def train(given: dict, rt: runtime.Runtime) -> int:
         if given.get(key) is not None and not getattr(config, other):
             raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
     data = None if config.datasets else open_data(config, rt)
+    if data and rt.world_size > 1:
+        check_same_everywhere(data, rt)
     if config.init_from == "scratch":
         raw_model = new_model(config, data)
     else:

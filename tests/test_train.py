@@ -212,6 +212,17 @@ def test_two_ranks_train_like_one(run_train, tmp_path, data_dir, options):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
+def test_ranks_with_different_data_are_refused(tmp_path):
+    for rank in "01":
+        write_dataset(tmp_path / f"data{rank}" / "abc", f"the cat sat on mat {rank}1.\n" * 40)
+    (tmp_path / "other.py").write_text("import os\ndata_dir = 'data' + os.environ['RANK']\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = ["other.py", *TINY, "--dataset=abc", "--out_dir=run"]
+    done = subprocess_run(*torchrun, ROOT / "train.py", *args, cwd=tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: data set abc is not the same on all nodes" in done.stderr
+
+
 def test_the_micro_steps_must_be_shared_evenly(run_train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(Failed, match="gradient_accumulation_steps=2"):
