@@ -119,7 +119,7 @@ def plot_loss(folders: list[str], to: Path) -> None:
     attn_types = [attn_type for attn_type, _ in runs.values()]
     looks = look_of(attn_types)
     for i, (folder, (attn_type, rows)) in enumerate(runs.items()):
-        name = attn_type if attn_type == folder.name else f"{attn_type} ({folder.name})"
+        name = attn_type if attn_type == folder.name else f"{attn_type} ({folder})"
         if before := attn_types[:i].count(attn_type):  # a run of the same colour
             looks[attn_type]["linestyle"] = STYLES[before % 3]
         for column, style in (
@@ -127,6 +127,8 @@ def plot_loss(folders: list[str], to: Path) -> None:
             ("val_loss", {"marker": "o", "markersize": 3, "label": name}),
         ):
             points = [(int(r["tokens"]) / 1e6, float(r[column])) for r in rows if r[column]]
+            if len(points) > 1 and points[0][0] == 0:  # before the first step, far above the rest
+                points = points[1:]
             axis.plot(*zip(*points, strict=True), **looks[attn_type] | style)
     axis.set_xlabel("tokens seen (millions)")
     axis.set_ylabel("loss (nats per token)")
