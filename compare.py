@@ -50,8 +50,11 @@ class CompareConfig(Config):
 
 
 LISTS = {"attn_type": "attn_types", "learning_rate": "learning_rates", "seed": "seeds"}
-# Of a run's config.json: where it is and how it was started are no reason to do it again
-APART = ("out_dir", "data_dir", "init_from", "allow_mismatch")
+# Of a run's config.json: what can't change its results is no reason to do it again
+APART = (
+    "out_dir data_dir init_from allow_mismatch plot wandb_log wandb_project wandb_run_name "
+    "tensorboard_log stats_tolerance"
+).split()
 DIVERGED = "diverged.txt"  # in the folder of a run that did: what train.py said
 
 # ----------------------------------------------------------------------------
@@ -60,10 +63,11 @@ DIVERGED = "diverged.txt"  # in the folder of a run that did: what train.py said
 
 @dataclass
 class Run:
-    """One train.py: what it is given, and the whole config that this makes."""
+    """One train.py: what it is given, the whole config that this makes, and its data's SHA-256."""
 
     settings: dict
     config: Config
+    data: dict | None = None
 
     def __post_init__(self):
         self.folder = Path(self.config.out_dir)
@@ -74,26 +78,36 @@ class Run:
     def rows(self) -> list[dict]:
         return rows_until(self.config.max_iters, self.folder / "log.csv", RunLog.COLUMNS)
 
-    def has_same_settings(self) -> bool:
-        """Whether its folder holds a run, whole or not, with the settings of this one."""
-        try:
+    def saved(self) -> dict:
+        """The config.json in its folder, {} if there is none."""
+        with suppress(OSError, ValueError):
             text = (self.folder / "config.json").read_text(encoding="utf-8")
-            found = {**asdict(Config()), **json.loads(text)}  # keys may be younger than the run
-        except (OSError, ValueError, TypeError):
-            return False
-        return all(found[k] == v for k, v in asdict(self.config).items() if k not in APART)
+            if isinstance(saved := json.loads(text), dict):
+                return saved
+        return {}
+
+    def found(self) -> dict:
+        return self.saved().get("found") or {}
+
+    def is_same(self) -> bool:
+        """Whether its folder holds a run, whole or not, with these settings, on these data."""
+        saved = {**asdict(Config()), **self.saved()}  # keys may be younger than the run
+        same = all(saved[k] == v for k, v in asdict(self.config).items() if k not in APART)
+        return same and self.found().get("data") == self.data
 
     def is_done(self) -> bool:
-        return self.has_same_settings() and (self.is_whole() or (self.folder / DIVERGED).exists())
+        return self.is_same() and (self.is_whole() or (self.folder / DIVERGED).exists())
 
     def is_whole(self) -> bool:
         rows = self.rows()
         last = rows[-1] if rows else {}
         return last.get("step") == str(self.config.max_iters) and bool(last["val_loss"])
 
+    def resumes(self) -> bool:
+        return self.is_same() and holds_checkpoint(self.folder)
+
     def command(self) -> list[str]:
-        resumes = self.has_same_settings() and holds_checkpoint(self.folder)
-        settings = {**self.settings, **({"init_from": "resume"} if resumes else {})}
+        settings = {**self.settings, **({"init_from": "resume"} if self.resumes() else {})}
         return [
             sys.executable,
             str(ROOT / "train.py"),
@@ -137,8 +151,11 @@ def make_runs(given: dict, config: CompareConfig) -> list[Run]:
         values[key] = [configurator.convert(Config, key, p, f"--{plural}={text}") for p in parts]
         if len(set(values[key])) < len(parts):
             raise UserError(f"--{plural}={text} has a value twice; leave one of them out")
+    if 0 in values["learning_rate"]:
+        raise UserError(f"--learning_rates={config.learning_rates}: with 0 nothing is learnt")
     ours = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
     common = configurator.read_config_file(Config, config.base)
+    common.pop("min_lr", None)  # it is for one learning rate: here a tenth of each, unless given
     common |= {key: value for key, value in given.items() if key not in ours}
     runs = []
     for seed, rate, attn_type in product(*(values[key] for key in reversed(LISTS))):
@@ -167,17 +184,18 @@ def visible_gpus(device: str | None) -> list[str]:
     return names[:n]
 
 
-def train_all(runs: list[Run], config: CompareConfig, lock) -> int:
-    """Train what is not done, some at a time. Returns the exit code: that of a signal, or 0.
+def train_all(runs: list[Run], config: CompareConfig, lock) -> tuple[int, list[str]]:
+    """Train what is not done, some at a time. Returns the exit code, that of a signal or 0, and
+    what failed.
 
-    Whatever ends it, a signal or a run that can't be, the other runs stop too and save.
+    Whatever ends it, a signal or settings that can't be, the runs of that time stop too and save.
     """
-    gpus = visible_gpus(config.device)
+    gpus = visible_gpus(runs[0].config.device)
     jobs = config.jobs or len(gpus) or 1
     waiting = [run for run in runs if not run.is_done()]
     n, started = len(waiting), time.monotonic()
     say(f"{len(runs)} runs in {config.out_dir}, {len(runs) - n} of them done; {jobs} at a time")
-    places, running = list(range(jobs)), {}
+    places, running, failed = list(range(jobs)), {}, []
     with Interrupt() as interrupt:
         try:
             while (waiting or running) and not interrupt.signal:
@@ -187,7 +205,7 @@ def train_all(runs: list[Run], config: CompareConfig, lock) -> int:
                         env["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
                     elif jobs > 1:
                         env["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
-                    with open(run.output, "w") as out:
+                    with open(run.output, "a" if run.resumes() else "w") as out:
                         # They hold the lock too: if we are killed, no other starts beside them
                         process = subprocess.Popen(
                             run.command(), stdout=out, stderr=out, env=env, pass_fds=[lock.fileno()]
@@ -199,7 +217,9 @@ def train_all(runs: list[Run], config: CompareConfig, lock) -> int:
                         continue
                     del running[place]
                     places.append(place)
-                    told = conclude(run, process.returncode)
+                    told, is_result = conclude(run, process.returncode)
+                    if not is_result:
+                        failed.append(f"{run.title}: {told}")
                     left = len(waiting) + len(running)
                     seconds = (time.monotonic() - started) * left / (n - left)
                     about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -212,24 +232,25 @@ def train_all(runs: list[Run], config: CompareConfig, lock) -> int:
                 process.wait()
     if interrupt.signal:
         say("stopped; the same command goes on")
-        return 128 + interrupt.signal
-    return 0
+        return 128 + interrupt.signal, failed
+    return 0, failed
 
 
-def conclude(run: Run, code: int) -> str:
-    """What a run that has ended came to, in words. Raises UserError if it is no result."""
+def conclude(run: Run, code: int) -> tuple[str, bool]:
+    """What a run that has ended came to, in words, and whether that is a result. Raises UserError
+    for a mistake in the settings: then it did not begin."""
     lines = run.output.read_text(encoding="utf-8", errors="replace").split("\n")
     errors = [line for line in lines if line.startswith("error: ")]  # warnings may follow it
     said = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1]
     said = said.removeprefix("error: ")
     if code == 2 and re.match(r"step \d+ was not done", said):
         (run.folder / DIVERGED).write_text(said + "\n", encoding="utf-8")
-        return f"diverged, {said.split(';')[0]}"
-    if code == 2:
+        return f"diverged, {said.split(';')[0]}", True
+    if code == 2 and not (run.is_same() and run.rows()):
         raise UserError(said)
     if code or not run.is_whole():
-        raise UserError(f"{run.title}: exit code {code}: {said}; all it said is in {run.output}")
-    return f"val loss {float(run.rows()[-1]['val_loss']):.4f}"
+        return f"failed with exit code {code}: {said}; all it said is in {run.output}", False
+    return f"val loss {float(run.rows()[-1]['val_loss']):.4f}", True
 
 
 # ----------------------------------------------------------------------------
@@ -237,16 +258,22 @@ def conclude(run: Run, code: int) -> str:
 
 
 def write_results(runs: list[Run], config: CompareConfig) -> None:
-    """results.csv: a row for each run that is done, in the order of the lists."""
+    """results.csv, a row for each run that is done, in the order of the lists, and report.md."""
     order = config.attn_types.replace(" ", "").split(",")
     rows = [run.result() for run in runs if run.is_done()]
     rows.sort(key=lambda row: (order.index(row["attn_type"]), row["learning_rate"]))
-    temporary = Path(config.out_dir) / "results.csv.tmp"
+    if not rows:
+        return
+    folder = Path(config.out_dir)
+    temporary = folder / "results.csv.tmp"
     with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, Path(config.out_dir) / "results.csv")
+    os.replace(temporary, folder / "results.csv")
+    command = f"python compare.py {shlex.join(sys.argv[1:])}"
+    text = report(plot.read_results(folder), runs, command)
+    (folder / "report.md").write_text(text, encoding="utf-8")
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -281,8 +308,8 @@ def report(rows: list[dict], runs: list[Run], command: str) -> str:
             rate, loss = best[attn_type], losses[attn_type]
             cells["val loss"] = spread(list(loss.values()))
             if attn_type != other and other in best:
-                pairs = [loss[seed] - losses[other][seed] for seed in loss]
-                cells[f"minus {other}'s"] = spread(pairs, "+")
+                pairs = [loss[s] - losses[other][s] for s in loss if s in losses[other]]
+                cells[f"minus {other}'s"] = spread(pairs, "+") if pairs else "-"
             cells["ms/step"] = f"{median(r['ms_per_step'] for r in chosen[attn_type]):.1f}"
             cells["tokens/s"] = f"{median(r['tokens_per_s'] for r in chosen[attn_type]):,.0f}"
             peaks = [row["peak_mib"] for row in chosen[attn_type] if row["peak_mib"]]
@@ -301,6 +328,7 @@ def report(rows: list[dict], runs: list[Run], command: str) -> str:
         return cells
 
     seeds = sorted({int(row["seed"]) for row in rows})
+    missing = len(runs) - len(rows)
     return "\n".join(
         [
             f"# {len(types)} attentions compared",
@@ -308,9 +336,9 @@ def report(rows: list[dict], runs: list[Run], command: str) -> str:
             f"`{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} "
             f"T{config.block_size}, data set {config.dataset}, {config.max_iters:,} steps of "
             f"{tokens_per_step(config):,} tokens, seeds {', '.join(map(str, seeds))}; "
-            f"{machine(runs)}.",
+            f"{machine(runs)}." + (f" {missing} of {len(runs)} runs are missing." * bool(missing)),
             "",
-            "Runs of one seed see the same batches in the same order, and are evaluated on the "
+            "Runs of one seed see the same batches in the same order; all are evaluated on the "
             f"same {config.eval_iters}. Losses are in nats per token, at the last step; ± is the "
             "standard deviation over seeds, for differences that of the pairs of equal seed.",
             "",
@@ -332,17 +360,14 @@ def report(rows: list[dict], runs: list[Run], command: str) -> str:
 
 
 def machine(runs: list[Run]) -> str:
-    """On what the runs ran, each kind once, and the commit of this code if git knows it."""
-    kinds = {}  # a set that keeps its order
-    for run in runs:
-        found = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["found"]
+    """On what the runs that are done ran, and of which commit the code was, each once."""
+    kinds, commits = {}, {}  # sets that keep their order
+    for found in (run.found() for run in runs if run.is_done()):
         compiled = "compiled, " if found["compile"] else ""
         kinds[f"{found['device_name']}, {found['dtype']}, {compiled}torch {found['torch']}"] = None
-    with suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        kinds[f"commit {commit}"] = None
-    return "; ".join(kinds)
+        if found["commit"]:
+            commits[f"commit {found['commit']}"] = None
+    return "; ".join([*kinds, *commits])
 
 
 def main() -> None:
@@ -352,6 +377,8 @@ def main() -> None:
     # Here, so that what is wrong is told at once, and runs side by side don't all prepare pydocs
     data = open_data(runs[0].config, Runtime("cpu", "float32", False))
     data.check_length(runs[0].config.block_size)
+    for run in runs:
+        run.data = data.fingerprint()
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -361,17 +388,24 @@ def main() -> None:
             except BlockingIOError as error:
                 told = f"{folder} is in use by another compare.py, or a train.py that it started"
                 raise UserError(f"{told}; wait for it, or choose another --out_dir") from error
-            if code := train_all(runs, config, lock):
-                sys.exit(code)
+            code, failed = train_all(runs, config, lock)
             write_results(runs, config)
-            command = f"python compare.py {shlex.join(sys.argv[1:])}"
-            text = report(plot.read_results(folder), runs, command)
-            (folder / "report.md").write_text(text, encoding="utf-8")
+            if code:
+                sys.exit(code)
+            if any(run.is_done() for run in runs):
+                plot.plot_compare([config.out_dir], folder)
     except OSError as error:
         told = f"{error.filename or folder} can't be written ({error.strerror})"
         raise UserError(f"{told}; make room, or choose another --out_dir") from error
-    plot.plot_compare([config.out_dir], folder)
-    say(f"the report is {folder / 'report.md'}")
+    except ImportError as error:
+        raise UserError(f"no pictures: {error}; pip install matplotlib") from error
+    if (folder / "report.md").exists():
+        say(f"the report is {folder / 'report.md'}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} failed and have no row, {failed[0]}; try them again with "
+            "the same command"
+        )
 
 
 if __name__ == "__main__":

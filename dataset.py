@@ -35,6 +35,7 @@ SPLITS = ("train", "val", "test")
 
 # What a random number is for: the last word of the generator's key
 TRAIN, EVAL, DROPOUT, SAMPLE = range(4)
+EVAL_SEED = 1  # of evaluation batches, whatever the run's seed: losses of different seeds compare
 
 
 def random_bits(seed: int, purpose: int, step: int, micro_step: int, n: int) -> np.ndarray:

@@ -18,7 +18,8 @@ class MuonAdamW(Optimizer):
     def __init__(self, muons: list, weight_decay: float, groups: list[dict], lr: float, **options):
         """`muons` are the parameters for Muon, `groups` and `options` AdamW's."""
         muon = Muon(muons, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = [(muon, 0, 1), (AdamW(groups, lr=lr, **options), 1, 3)]
+        adamw = AdamW(groups, lr=lr, **options)
+        self.parts = [(muon, 0, 1), (adamw, 1, 1 + len(groups))]
         super().__init__([g for part, *_ in self.parts for g in part.param_groups], {})
         self._share()
 

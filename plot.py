@@ -117,11 +117,15 @@ def plot_loss(folders: list[str], to: Path) -> None:
         1, "Loss against tokens: dots on validation data, thin in training"
     )
     attn_types = [attn_type for attn_type, _ in runs.values()]
-    looks = look_of(attn_types)
+    # A colour for each attention, and a line style for each of its runs; or if there is only one
+    # attention, a colour for each run
+    by_run = len(set(attn_types)) == 1 < len(runs)
+    looks = look_of([str(folder) for folder in runs] if by_run else attn_types)
     for i, (folder, (attn_type, rows)) in enumerate(runs.items()):
         name = attn_type if attn_type == folder.name else f"{attn_type} ({folder})"
-        if before := attn_types[:i].count(attn_type):  # a run of the same colour
-            looks[attn_type]["linestyle"] = STYLES[before % 3]
+        look = looks[str(folder) if by_run else attn_type]
+        if not by_run and (before := attn_types[:i].count(attn_type)):
+            look = look | {"linestyle": STYLES[before % 3]}
         for column, style in (
             ("train_loss", {"linewidth": 0.6, "alpha": 0.5}),
             ("val_loss", {"marker": "o", "markersize": 3, "label": name}),
@@ -129,7 +133,7 @@ def plot_loss(folders: list[str], to: Path) -> None:
             points = [(int(r["tokens"]) / 1e6, float(r[column])) for r in rows if r[column]]
             if len(points) > 1 and points[0][0] == 0:  # before the first step, far above the rest
                 points = points[1:]
-            axis.plot(*zip(*points, strict=True), **looks[attn_type] | style)
+            axis.plot(*zip(*points, strict=True), **look | style)
     axis.set_xlabel("tokens seen (millions)")
     axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False, fontsize=8)
@@ -499,9 +503,9 @@ def scale_of(A, attn_type: str) -> tuple[dict, str]:
     top = np.abs(A[np.isfinite(A)]).max(initial=1e-30)
     if A.min() < 0:
         norm = colors.SymLogNorm(top / 100, vmin=-top, vmax=top)
-        return {"norm": norm, "cmap": "RdBu_r"}, "A (log scale to both sides of 0)"
+        return {"norm": norm, "cmap": "RdBu_r"}, "A (log scale on\nboth sides of 0)"
     label = "each row sums to 1" if attn_type == "SM" else "rows are not normalised"
-    return {"norm": colors.LogNorm(top / 1e3, top), "cmap": "viridis"}, f"A (log scale; {label})"
+    return {"norm": colors.LogNorm(top / 1e3, top), "cmap": "viridis"}, f"A (log scale)\n{label}"
 
 
 def plot_kernel(args: list[str], to: Path) -> None:
@@ -527,7 +531,7 @@ def plot_kernel(args: list[str], to: Path) -> None:
         known = min(row["x_min"] for row in last), max(row["x_max"] for row in last)
         where = f", where {Path(options['run']).name} has it at step {rows[-1]['step']:.0f}"
     low, high = (b if math.isnan(a) else a for a, b in zip((low, high), known, strict=True))
-    if not low < high:
+    if not (low < high and math.isfinite(high - low)) or (kernels and low >= 0):
         raise UserError(f"the scores from {low:g} to {high:g} are no range; pass --min= and --max=")
 
     title = f"Pointwise functions of the score x{where}"
@@ -539,7 +543,8 @@ def plot_kernel(args: list[str], to: Path) -> None:
         x = torch.linspace(low, min(high, 0) if name in kernels else high, 2001).double()
         y = variants[name].f(x)
         axes[0].plot(x.numpy(), y.numpy(), **looks[name], label=name)
-        shown += [-0.1, 1.5] if name in kernels else [y.min().item(), y.max().item()]
+        top = 1.5 * math.exp(min(high, 0))
+        shown += [-0.1 * top, top] if name in kernels else [y.min().item(), y.max().item()]
         if name in polynomials:
             error = (y - x.exp()).abs().clamp(1e-12)
             axes[1].plot(x.numpy(), error.numpy(), **looks[name])
@@ -582,8 +587,14 @@ def main() -> None:
     to = Path(next((arg[5:] for arg in sys.argv[1:] if arg.startswith("--to=")), "."))
     if len(args) < 2 or args[0] not in PLOTS:
         raise UserError(f"{' '.join(args)!r}: python plot.py [{'|'.join(PLOTS)}] OUT_OR_FILE ...")
-    to.mkdir(parents=True, exist_ok=True)
-    PLOTS[args[0]](args[1:], to)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        PLOTS[args[0]](args[1:], to)
+    except ImportError as error:
+        raise UserError(f"{error}; pip install matplotlib") from error
+    except OSError as error:
+        told = f"{error.filename or to} can't be written ({error.strerror})"
+        raise UserError(f"{told}; choose another folder with --to=") from error
 
 
 if __name__ == "__main__":

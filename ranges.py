@@ -204,9 +204,10 @@ def summary(rows: list[dict], attn_type: str, tolerance: float) -> str:
     low, high = min(float(r["x_min"]) for r in last), max(float(r["x_max"]) for r in last)
     told = f"scores x at step {rows[-1]['step']}: {low:.4g} to {high:.4g}"
     told += f", largest |x| {max(-low, high):.4g}"
+    finite = all(math.isfinite(float(r[name])) for r in last for name in ("x_min", "x_max"))
     if attn_type != "GK" and not squarings(attn_type):
         return told
-    if not math.isfinite(high - low):
+    if not finite:  # min and max see a NaN or not, by where it stands
         return f"{told}: no polynomial follows exp there"
     in_range = least_n(lambda n: range_end(n) <= low)
     precise = least_n(lambda n: error_of(n, low, high) < tolerance)

@@ -151,9 +151,10 @@ class Table:
                 writer.writeheader()
                 writer.writerows(rows)
             os.replace(temporary, path)
+            self.file = open(path, "a", newline="", encoding="utf-8")
         except OSError as error:
             self._fail(error)
-        self.file = open(path, "a", newline="", encoding="utf-8")
+            self.file = open(os.devnull, "a", encoding="utf-8")
         self.csv = csv.DictWriter(self.file, columns)
 
     def write(self, rows: list[dict]) -> None:
@@ -184,7 +185,7 @@ def rows_until(step: int, path: Path, columns: list[str]) -> list[dict]:
     rows = []
     with suppress(OSError), open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            with suppress(TypeError, ValueError):  # a row that a kill cut short
+            with suppress(KeyError, TypeError, ValueError):  # cut short by a kill, or no log
                 float(row[columns[-1]])
                 if int(row["step"]) <= step:
                     rows.append({key: row.get(key) for key in columns})
@@ -204,6 +205,7 @@ class Wandb:
             project=config.wandb_project,
             name=config.wandb_run_name or folder.name,
             config=asdict(config),
+            settings=wandb.Settings(login_timeout=60),  # seconds at a prompt nobody may see
         )
 
     def log(self, numbers: dict, step: int) -> None:

@@ -39,7 +39,7 @@ import evaluate
 import ranges
 import runtime
 from configurator import UserError
-from dataset import DATA_DIR, EVAL, TRAIN, Dataset, dropout_seed
+from dataset import DATA_DIR, EVAL, EVAL_SEED, TRAIN, Dataset, dropout_seed
 from distill import Matching
 from divergence import where_it_began
 from model import GPT, GPTConfig, choose
@@ -253,6 +253,9 @@ def check(config: Config) -> None:
         raise UserError("teacher is for --init_from=distill")
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
+    if config.decay_lr and config.min_lr is not None and config.min_lr > config.learning_rate:
+        told = f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}"
+        raise UserError(f"{told}; pass a lower one, or --min_lr=none for a tenth of it")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not config.eval_only and config.gradient_accumulation_steps % world_size:
         raise UserError(
@@ -391,7 +394,9 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
-def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime) -> Path:
+def prepare_folder(
+    config: Config, source_path: Path | None, fingerprint: dict, rt: runtime.Runtime
+) -> Path:
     """Make the folder of the run and write config.json. A run that is there already is moved aside,
     and so is the damaged checkpoint of a run that goes on from the one before."""
     folder = run_folder(config)
@@ -407,7 +412,7 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
             folder.mkdir(parents=True, exist_ok=True)
             found = {"device": rt.device, "dtype": rt.dtype, "compile": rt.compile}
             found |= {"world_size": rt.world_size, "torch": torch.__version__, "launch": rt.launch}
-            found |= {"device_name": rt.device_name()}
+            found |= {"device_name": rt.device_name(), "data": fingerprint, "commit": commit()}
             text = json.dumps({**asdict(config), "found": found}, indent=2)
             temporary = folder / "config.json.tmp"
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -419,6 +424,14 @@ def prepare_folder(config: Config, source_path: Path | None, rt: runtime.Runtime
 
     rt.from_main(prepare)
     return folder
+
+
+def commit() -> str | None:
+    """The commit of this code, if git knows it."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", configurator.ROOT, "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def write_base(model: GPT, config: Config, source_path: Path | None, folder: Path) -> dict:
@@ -568,8 +581,8 @@ def train_step(
 def estimate_loss(
     model, data: Dataset, rt, config: Config, interrupt=None
 ) -> tuple[dict, list[float]]:
-    """Mean loss on eval_iters fixed batches of each split, shared among the ranks, and how many of
-    them got SIGTERM and SIGINT; then the losses are not whole."""
+    """Mean loss on eval_iters batches of each split, the same for every seed, shared among the
+    ranks, and how many of them got SIGTERM and SIGINT; then the losses are not whole."""
     model.eval()
     B, T = config.batch_size, model.config.block_size
     n = config.eval_iters
@@ -578,7 +591,7 @@ def estimate_loss(
         for i in rt.share(n):
             if interrupt and interrupt.signal:
                 break
-            x, y = rt.to_device(*data.batch(split, EVAL, config.seed, i, 0, B, T))
+            x, y = rt.to_device(*data.batch(split, EVAL, EVAL_SEED, i, 0, B, T))
             with rt.autocast():
                 losses[s, i] = model(x, y, with_logits=False)[1].item()
     model.train()
@@ -707,7 +720,7 @@ class Run:
             ckpt.share_state(*state, rt)
             self.evaluated = self.step if source.get("evaluated", self.step) == self.step else -1
 
-        self.folder = prepare_folder(config, source_path, rt)
+        self.folder = prepare_folder(config, source_path, self.fingerprint, rt)
         if not resumes and (teacher or config.lora_rank):
             self.base = rt.from_main(
                 lambda: write_base(teacher or raw_model, config, source_path, self.folder)
@@ -744,7 +757,8 @@ class Run:
                 skipped += 1
                 self.skip(loss, norm, skipped)
             self.step += 1
-            if self.due(config.log_interval) or self.due(config.eval_interval):
+            due = self.due(config.log_interval) or self.due(config.eval_interval)
+            if due or any(self.signals):  # or else the seconds since the last row were lost
                 row = {"distill_loss" if self.matching else "train_loss": loss, "grad_norm": norm}
                 row |= {"lr": lr, **self.speed(seconds, self.step - logged)}
                 logged, seconds = self.step, 0.0
@@ -843,7 +857,7 @@ class Run:
     def measure(self) -> list[dict]:
         """Rows of stats.csv, from the first validation sequences."""
         B, T = min(self.config.batch_size, 4), self.config.block_size
-        x, _ = self.rt.to_device(*self.data.batch("val", EVAL, self.config.seed, 0, 0, B, T))
+        x, _ = self.rt.to_device(*self.data.batch("val", EVAL, EVAL_SEED, 0, 0, B, T))
         return ranges.measure(self.raw_model, x, self.rt)
 
     def skip(self, loss: float, norm: float, skipped: int) -> None:

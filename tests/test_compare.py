@@ -10,7 +10,14 @@ import time
 from statistics import mean, median, stdev
 
 import pytest
+import torch
 from conftest import ROOT, TINY, Failed, subprocess_run, write_dataset
+
+import compare
+import plot
+from compare import CompareConfig, Run
+from configurator import UserError
+from train import Config
 
 COMMON = [*TINY, "--dataset=abc", "--max_iters=3", "--warmup_iters=1", "--eval_interval=1"]
 
@@ -122,12 +129,131 @@ def test_a_stopped_comparison_goes_on_where_it_was(run, tmp_path, data_dir):
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate(timeout=60)[0]
     assert process.returncode == 143 and not second.exists()
-    assert re.search(r"stopped at step \d+; go on", output.read_text())
+    (stopped,) = re.findall(r"stopped at step (\d+); go on", output.read_text())
+    assert read(first / "log.csv")[-1]["step"] == stopped  # so that no seconds are lost
     run("compare", *args, "--attn_types=SM")
     assert json.loads((first / "config.json").read_text())["init_from"] == "resume"
     evaluated = [row["step"] for row in read(first / "log.csv") if row["val_loss"]]
     assert evaluated == [str(step) for step in range(0, 401, 20)]
     assert not first.with_name(f"{first.name}.1").exists()
+
+
+def row_of(attn_type, rate, seed, loss):
+    """A row of results.csv; a loss of None has diverged."""
+    numbers = {"ms_per_step": 10.0, "tokens_per_s": 1000.0, "peak_mib": None}
+    row = {"attn_type": attn_type, "learning_rate": rate, "seed": seed, "final_val_loss": loss}
+    return row | numbers | {"diverged": loss is None}
+
+
+def test_each_attention_is_judged_at_its_best_learning_rate():
+    losses = {
+        "SM": {1e-3: (1.7, 1.5), 3e-3: (1.9, 1.8), 1e-2: (1.0, None)},
+        "GK": {1e-3: (2.2, 2.0), 3e-3: (1.9, 2.1), 1e-2: (2.3, 2.0)},
+        "PA_relu": {1e-3: (None, None), 3e-3: (1.0, None), 1e-2: (None, None)},
+    }
+    rows = [
+        row_of(attn_type, rate, seed, loss)
+        for attn_type, at in losses.items()
+        for rate, pair in at.items()
+        for seed, loss in enumerate(pair, 1)
+    ]
+    assert plot.best_rates(rows) == {"SM": 1e-3, "GK": 3e-3}
+    run = Run({}, Config(out_dir="nowhere"))
+    text = compare.report(rows, [run] * 20, "python compare.py")
+    cells = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    sm, gk, relu = cells[2:5]
+    assert sm[1:3] == ["1.6000 ± 0.1414", "-"] and sm[-2:] == ["0.001*", "1 of 6"]
+    assert gk[1:3] == ["2.0000 ± 0.1414", "+0.4000 ± 0.2828"] and gk[-2:] == ["0.003", "0 of 6"]
+    assert relu[1:] == ["diverged", "-", "-", "-", "-", "-", "5 of 6"]
+    assert cells[-1] == ["PA_relu", "2 diverged", "1 diverged", "2 diverged"]
+    assert "2 of 20 runs are missing" in text
+    text = compare.report([r for r in rows if r["attn_type"] != "SM"], [run] * 12, "")
+    assert "minus GK's" in text and "missing" not in text
+
+
+def test_a_run_is_done_again_if_its_result_could_change(tmp_path):
+    config = Config(out_dir=str(tmp_path / "run"), attn_type="SM")
+    run = Run({}, config, {"train": "a", "val": "b"})
+    assert not run.is_same()
+    run.folder.mkdir()
+    saved = {"out_dir": "x", "data_dir": "y", "plot": False, "wandb_log": True, "attn_type": "SM"}
+
+    def holds(data={"train": "a", "val": "b"}, **more):  # noqa: B006
+        text = json.dumps({**saved, **more, "found": {"data": data}})
+        (run.folder / "config.json").write_text(text)
+        return run.is_same()
+
+    assert holds()
+    assert not holds(data={"train": "a", "val": "c"}) and not holds(data=None)
+    assert not holds(weight_decay=0.2)
+    (run.folder / "config.json").write_text("[1")
+    assert not run.is_same()
+
+
+def test_what_a_run_came_to(tmp_path):
+    run = Run({}, Config(out_dir=str(tmp_path / "run"), max_iters=2), {})
+    run.folder.mkdir()
+    run.output.write_text("error: out of memory (no more); halve --batch_size\nwarning: x\n")
+    (run.folder / "config.json").write_text(json.dumps({"max_iters": 2, "found": {"data": {}}}))
+    with pytest.raises(UserError, match="out of memory"):
+        compare.conclude(run, 2)  # it did not begin
+    columns = ",".join(compare.RunLog.COLUMNS)
+    row = "{},,,,{},,,,,,,,1.0\n".format
+    log = run.folder / "log.csv"
+    log.write_text(f"{columns}\n{row(0, 4.0)}")
+    told, is_result = compare.conclude(run, 2)
+    assert "exit code 2: out of memory (no more)" in told and not is_result
+    log.write_text(f"{columns}\n{row(0, 4.0)}{row(2, 1.5)}")
+    assert compare.conclude(run, 0) == ("val loss 1.5000", True)
+    run.output.write_text("error: step 1 was not done: loss nan; start again\n")
+    assert compare.conclude(run, 2) == ("diverged, step 1 was not done: loss nan", True)
+
+
+@pytest.mark.parametrize(
+    "gpus, given, jobs, places",
+    [
+        (2, None, None, {("0", None), ("1", None)}),
+        (2, "3,5", 2, {("3", None), ("5", None)}),
+        (2, None, 1, {("0", None)}),
+        (0, None, None, {(None, None)}),
+        (0, None, 2, {(None, "3")}),
+    ],
+)
+def test_runs_are_shared_among_gpus_and_threads(gpus, given, jobs, places, monkeypatch, tmp_path):
+    seen = []
+
+    class Started:
+        def __init__(self, command, stdout, stderr, env, pass_fds):
+            seen.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS")))
+            self.returncode = 0
+
+        def poll(self):
+            return 0
+
+        wait = poll
+
+    for key, value in (("CUDA_VISIBLE_DEVICES", given), ("OMP_NUM_THREADS", None)):
+        monkeypatch.delenv(key, raising=False)
+        if value:
+            monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(compare.subprocess, "Popen", Started)
+    monkeypatch.setattr(compare, "conclude", lambda run, code: ("done", True))
+    monkeypatch.setattr(compare, "write_results", lambda runs, config: None)
+    runs = [Run({}, Config(out_dir=str(tmp_path / str(i)))) for i in range(4)]
+    with open(tmp_path / "lock", "w") as lock:
+        assert compare.train_all(runs, CompareConfig(jobs=jobs), lock) == (0, [])
+    assert len(seen) == 4 and set(seen) == places
+
+
+def test_a_min_lr_of_the_base_is_for_its_own_learning_rate():
+    config = CompareConfig(learning_rates="1e-4,1e-2", seeds="1", attn_types="SM")
+    runs = compare.make_runs({}, config)
+    assert [run.config.min_lr for run in runs] == [None, None]
+    assert compare.make_runs({"min_lr": 1e-5}, config)[0].config.min_lr == 1e-5
+    with pytest.raises(UserError, match="min_lr=0.001 is above learning_rate=0.0001"):
+        compare.make_runs({"min_lr": 1e-3}, config)
 
 
 def test_what_no_run_could_be_made_of_is_told_at_once(run, data_dir, tmp_path):
@@ -137,6 +263,7 @@ def test_what_no_run_could_be_made_of_is_told_at_once(run, data_dir, tmp_path):
         "--seeds=1,x": "--seeds=1,x: seed must be int",
         "--learning_rates=": "learning_rate must be float",
         "--learning_rates=1e-3,-1": "learning_rate must not be negative",
+        "--learning_rates=1e-3,0": "with 0 nothing is learnt",
         "--learning_rates=1e-3,1.0000001e-3": "differ by too little",
         "--seed=3": "pass --seeds=3",
         "--base=nothing": "no config file 'nothing'",

@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import TINY, Failed, subprocess_run
 
+import plot
 import train
 
 
@@ -31,6 +32,59 @@ def test_of_several_runs_it_is_told_when_they_come_to_the_first_ones_loss(run, t
     out = run("plot", "loss", "a", "b", "c")
     assert "b comes to the 1.5000 that a has after 200 tokens after 150, 0.75 of them" in out
     assert "c does not come to the 1.5000 that a has" in out
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What plot.py draws, by name, instead of files."""
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, to, name: drawn.update({name: figure}))
+    return drawn
+
+
+def test_a_comparison_is_drawn_as_means_and_bands_at_the_best_rates(figures, tmp_path):
+    losses = {("SM", 1e-3): [(9, 3, 2.0), (9, 4, 2.2)], ("SM", 1e-2): [(9, 5, 3), (9, 5, 3)]}
+    losses["GK", 1e-3] = [(9, 5, 2.5), (9, 5, 2.9)]
+    lines = ["attn_type,learning_rate,seed,final_val_loss,diverged,run"]
+    for (attn_type, rate), seeds in losses.items():
+        for seed, at in enumerate(seeds):
+            name = f"{attn_type}-{rate}-{seed}"
+            lines.append(f"{attn_type},{rate},{seed},{at[-1]},False,{name}")
+            (tmp_path / name).mkdir()
+            rows = [f"{10**6 * i},{i},{loss}" for i, loss in enumerate(at)]
+            log = "\n".join(["tokens,seconds,val_loss", *rows])
+            (tmp_path / name / "log.csv").write_text(log + "\n")
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    plot.plot_compare([tmp_path], tmp_path)
+
+    def curves(name):
+        (axis,) = figures[name].axes
+        found = [(line.get_color(), *map(list, line.get_data())) for line in axis.lines]
+        bands = [sorted({y for _, y in c.get_paths()[0].vertices}) for c in axis.collections]
+        return found[:2], bands
+
+    (sm, gk), bands = curves("compare-tokens")
+    assert sm == ("black", [1, 2], pytest.approx([3.5, 2.1]))
+    assert gk == (plot.COLOURS[0], [1, 2], pytest.approx([5, 2.7]))
+    assert bands == [[2.0, 2.2, 3, 4], [2.5, 2.9, 5]]
+    (sm, gk), bands = curves("compare-rates")
+    assert sm == ("black", [1e-3, 1e-2], pytest.approx([2.1, 3])) and gk[2] == [2.7]
+
+
+def test_runs_of_a_picture_can_be_told_apart(figures, tmp_path):
+    for i, attn_type in enumerate(["SM"] * 5 + ["GK"]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "log.csv").write_text("tokens,train_loss,val_loss\n0,,4\n9,,3\n")
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"attn_type": attn_type}))
+
+    def looks(*names):
+        plot.plot_loss([tmp_path / name for name in names], tmp_path)
+        lines = figures["loss"].axes[0].lines
+        return [(a.get_color(), a.get_linestyle()) for a in lines if a.get_marker() == "o"]
+
+    assert len(set(looks(*"01234"))) == 5
+    assert looks(*"015") == [("black", "-"), ("black", "--"), (plot.COLOURS[0], "-")]
 
 
 def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
@@ -107,6 +161,9 @@ def test_training_imports_no_matplotlib():
         (["kernel", "SM"], "SM is no pointwise function"),
         (["kernel", "GK", "--min=x"], "could not convert"),
         (["kernel", "GK", "--min=1", "--max=0"], "are no range"),
+        (["kernel", "GK", "--min=1", "--max=5"], "are no range"),
+        (["kernel", "GK", "--min=-inf"], "are no range"),
+        (["kernel", "GK", "--to=/dev/null/x"], "choose another folder with --to="),
         (["kernel", "GK", "--low=1"], "unknown option --low; there is --to=..., --min=..."),
     ],
 )

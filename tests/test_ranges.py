@@ -163,7 +163,7 @@ def test_the_last_line_says_whether_the_polynomial_was_in_range():
     told = line("GKpoly-4", -40, outside=(0, 0.1, 0.25))
     assert "out of GKpoly-4's range -32 to 0 at 2 of 3 steps measured" in told and "25.00%" in told
     assert "more than n=16" in line("GK", -1e6)
-    assert "no polynomial" in line("GK", -math.inf)
+    assert "no polynomial" in line("GK", -math.inf) and "no polynomial" in line("GK", math.nan)
     for attn_type in ("SM", "PA_relu"):
         told = line(attn_type, -3, 5)
         assert told == "scores x at step 1: -3 to 5, largest |x| 5"
@@ -246,7 +246,7 @@ def fake_wandb(monkeypatch, **methods):
         log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("finished")
     )
     vars(run).update(methods)
-    fake = SimpleNamespace(init=lambda **_: run, Image=lambda path: path)
+    fake = SimpleNamespace(init=lambda **_: run, Image=lambda path: path, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return logged
 

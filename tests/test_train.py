@@ -538,7 +538,8 @@ def test_wandb_gets_the_rows_of_the_log(run_train, tmp_path, monkeypatch):
             logged.append("finished")
 
     fake = type(sys)("wandb")
-    fake.init = lambda project, name, config: logged.append((project, name)) or FakeRun()
+    fake.Settings = dict
+    fake.init = lambda project, name, config, settings: logged.append((project, name)) or FakeRun()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_train("--out_dir=run", "--wandb_log=True", "--wandb_project=p", "--eval_interval=2")
     assert logged[0] == ("p", "run") and logged[-1] == "finished"
