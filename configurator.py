@@ -95,6 +95,8 @@ def read_config_file(Config: type, name: str) -> dict:
             continue  # helpers of the file itself
         source = f"{key} = {value!r} in {path}"
         values[key] = convert(Config, key, value, source)
+    if not values:
+        raise UserError(f"{path} sets no key, so it is no config; those in config/ are examples")
     return values
 
 

@@ -9,7 +9,7 @@ Pictures, each as PNG and SVG, from what train.py, bench.py and compare.py wrote
     python plot.py kernel GKpoly-4 GK --run=OUT           # where OUT's scores are
     python plot.py compare DIR              # attentions at their best rates     -> compare-*.png
 
-They go to the current folder, or to the one that --to=FOLDER names.
+They go to the current folder (of a comparison: to its own), or to the one that --to=FOLDER names.
 """
 
 import csv
@@ -584,9 +584,10 @@ PLOTS = {
 
 def main() -> None:
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--to=")]
-    to = Path(next((arg[5:] for arg in sys.argv[1:] if arg.startswith("--to=")), "."))
     if len(args) < 2 or args[0] not in PLOTS:
         raise UserError(f"{' '.join(args)!r}: python plot.py [{'|'.join(PLOTS)}] OUT_OR_FILE ...")
+    place = args[1] if args[0] == "compare" else "."  # a comparison's report shows its pictures
+    to = Path(next((arg[5:] for arg in sys.argv[1:] if arg.startswith("--to=")), place))
     try:
         to.mkdir(parents=True, exist_ok=True)
         PLOTS[args[0]](args[1:], to)

@@ -322,6 +322,9 @@ def load_model(
             torch.manual_seed(config.seed)  # of adapters
             model = GPT.from_pretrained(path, overrides, given.get("block_size"))
         except (OSError, ValueError) as error:
+            if config.init_from == "distill":
+                told = f"teacher={path} has no checkpoint and is no GPT-2 ({error})"
+                raise UserError(f"{told}; train it first, or pass --teacher=gpt2") from error
             raise UserError(
                 f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
                 "gpt2-large, gpt2-xl, or the folder or hub name of such a model"

@@ -89,6 +89,7 @@ def test_the_later_one_wins(tmp_path):
         ("bias = 1", "bias must be bool"),
         ("n_embd = [1]", "n_embd must be int"),
         ("n_embd = 1 +", "line 1: SyntaxError"),
+        ("import sys\n\n\ndef main(): ...", "sets no key, so it is no config"),
         ("\nn_embd = undefined", "line 2: NameError"),
     ],
 )

@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(run_train, tmp_path):
         (["--teacher=teacher"], "teacher is for --init_from=distill"),
         ([*DISTILL, "--out_dir=teacher"], "out_dir=teacher holds the teacher"),
         ([*DISTILL, "--lora_rank=1", "--lora_targets=mlp.c_fc"], "no attention layer is trained"),
-        (["--init_from=distill", "--teacher=nowhere"], "no weights for 'nowhere'"),
+        (["--init_from=distill", "--teacher=nowhere"], "teacher=nowhere has no checkpoint"),
     ):
         with pytest.raises(Failed, match=told) as failed:
             run_train(*args)
