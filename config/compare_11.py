@@ -1,5 +1,5 @@
 # Softmax and eight others in one layer with one head, on the embedded data: 54 runs of 1500 steps,
-# about 40 minutes on 2 CPU cores. At T = 64 all of them soon do better than a table of bigrams; at
+# half an hour on 2 CPU cores. At T = 64 all of them soon do better than a table of bigrams; at
 # train_11's T = 256 those without softmax first spend more than 1000 steps on that level.
 #
 #   python compare.py config/compare_11.py
