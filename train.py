@@ -253,7 +253,8 @@ def check(config: Config) -> None:
         raise UserError("teacher is for --init_from=distill")
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
-    if config.decay_lr and config.min_lr is not None and config.min_lr > config.learning_rate:
+    begins = config.init_from != "resume"  # what was trained so, nanoGPT's say, may go on so
+    if begins and config.decay_lr and (config.min_lr or 0) > config.learning_rate:
         told = f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}"
         raise UserError(f"{told}; pass a lower one, or --min_lr=none for a tenth of it")
     world_size = int(os.environ.get("WORLD_SIZE", 1))

@@ -178,7 +178,7 @@ def test_a_run_is_done_again_if_its_result_could_change(tmp_path):
     run.folder.mkdir()
     saved = {"out_dir": "x", "data_dir": "y", "plot": False, "wandb_log": True, "attn_type": "SM"}
 
-    def holds(data={"train": "a", "val": "b"}, **more):  # noqa: B006
+    def holds(data=run.data, **more):
         text = json.dumps({**saved, **more, "found": {"data": data}})
         (run.folder / "config.json").write_text(text)
         return run.is_same()
@@ -210,16 +210,19 @@ def test_what_a_run_came_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "gpus, given, jobs, places",
+    "gpus, device, given, jobs, places",
     [
-        (2, None, None, {("0", None), ("1", None)}),
-        (2, "3,5", 2, {("3", None), ("5", None)}),
-        (2, None, 1, {("0", None)}),
-        (0, None, None, {(None, None)}),
-        (0, None, 2, {(None, "3")}),
+        (2, None, None, None, {("0", None), ("1", None)}),
+        (2, None, "3,5", 2, {("3", None), ("5", None)}),
+        (2, None, None, 1, {("0", None)}),
+        (2, "cpu", None, None, {(None, None)}),  # of the base's config
+        (0, None, None, None, {(None, None)}),
+        (0, None, None, 2, {(None, "3")}),
     ],
 )
-def test_runs_are_shared_among_gpus_and_threads(gpus, given, jobs, places, monkeypatch, tmp_path):
+def test_runs_are_shared_among_gpus_and_threads(
+    gpus, device, given, jobs, places, monkeypatch, tmp_path
+):
     seen = []
 
     class Started:
@@ -241,7 +244,7 @@ def test_runs_are_shared_among_gpus_and_threads(gpus, given, jobs, places, monke
     monkeypatch.setattr(compare.subprocess, "Popen", Started)
     monkeypatch.setattr(compare, "conclude", lambda run, code: ("done", True))
     monkeypatch.setattr(compare, "write_results", lambda runs, config: None)
-    runs = [Run({}, Config(out_dir=str(tmp_path / str(i)))) for i in range(4)]
+    runs = [Run({}, Config(out_dir=str(tmp_path / str(i)), device=device)) for i in range(4)]
     with open(tmp_path / "lock", "w") as lock:
         assert compare.train_all(runs, CompareConfig(jobs=jobs), lock) == (0, [])
     assert len(seen) == 4 and set(seen) == places

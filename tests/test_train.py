@@ -187,6 +187,19 @@ def test_training_starts_from_a_gpt2_folder(run, tmp_path, data_dir):
         run("train", *args, "--block_size=8", "--dataset=abc")
 
 
+def test_a_model_has_one_loss_whatever_the_seed(data_dir):
+    import runtime
+    from dataset import Dataset
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    data = Dataset("abc", data_dir)
+    model = GPT(GPTConfig(16, data.vocab_size, 1, 1, 16))
+    rt, args = runtime.Runtime("cpu", "float32", False), {"batch_size": 2, "eval_iters": 2}
+    losses = [train.estimate_loss(model, data, rt, Config(seed=s, **args))[0] for s in (1, 2)]
+    assert losses[0] == losses[1] and losses[0]["train"] != losses[0]["val"]
+
+
 def write_gpt2_dataset(folder):
     folder.mkdir()
     for split in ("train", "val"):
