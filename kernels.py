@@ -11,15 +11,23 @@ With x and f as in model.py's registry, A[i, j] = f(x[i, j]) for j <= i and 0 ab
 
 Nothing is normalised over j, so a tile needs nothing from the others of its row, and backward
 recomputes it from q, k and v alone. The constants 1 / divisor and c wait for the last, small sums.
+On a CPU, what GK and GKpoly-n do between the products is compiled from kernels.c.
 
 Shapes: B batch, nh heads, T sequence length, hs head size; N of the B nh heads are in one tile,
 with `size` rows i and `size` columns j (the last ones of a sequence may be fewer).
 """
 
+import ctypes
 import math
+import os
+import platform
 import re
+import shlex
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -139,6 +147,46 @@ def in_place(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 # ----------------------------------------------------------------------------
+# kernels.c: norms, f, f', the zeros of the future and the sums of G in one pass over a tile
+
+PART = 32  # rows of a tile; it sums G over that many for each of its partial sums
+
+
+@cache
+def compiled_tile(n: int | None = None) -> Callable | None:
+    """kernels.c's `tile` for GK or, given n, for GKpoly-n; None if there is no C compiler for it.
+
+    Compiled in every process that needs it, for exactly this CPU, in a quarter of a second.
+    """
+    command = shlex.split(os.environ.get("CC", "cc"))
+    command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    command += ["-shared", "-fPIC", f"-DPART={PART}", str(Path(__file__).with_suffix(".c"))]
+    if platform.machine() == "x86_64":
+        command += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
+    if n is not None:
+        command += [f"-DSQUARINGS={n}"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = f"{folder}/tile.so"
+            subprocess.run([*command, "-o", library], check=True, capture_output=True)
+            tile = ctypes.CDLL(library).tile
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 4 + [ctypes.c_int] * 2
+    tile.restype = None
+    return tile
+
+
+def one_pass(f_: Callable) -> Callable | None:
+    """The tile that does what f_ would, compiled."""
+    if f_ is exp_:
+        return compiled_tile()
+    if isinstance(f_, partial) and f_.func is gaussian_poly_:
+        return compiled_tile(**f_.keywords)
+    return None
+
+
+# ----------------------------------------------------------------------------
 # Tiles
 
 
@@ -204,6 +252,9 @@ class Tiles:
         # is a small difference of large numbers. On CUDA the factors of a product stay half.
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.narrow = q.dtype if q.is_cuda else self.wide
+        fits = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
+        self.tile = one_pass(self.f_) if fits else None
+        self.parts = math.ceil(min(self.size, q.size(2)) / PART) if self.tile else 1
         self.device, self.memory = q.device, {}
         if dropout:
             # Forward and backward walk the tiles in the same order: same seed, same masks
@@ -214,6 +265,9 @@ class Tiles:
         if (name, shape) not in self.memory:
             self.memory[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
         return self.memory[name, shape]
+
+    def zeros(self, name: str | tuple, *shape: int) -> Tensor:
+        return self.empty(name, shape, self.wide).zero_()
 
     def rows(self, t: Tensor) -> tuple[Tensor, ...]:
         """(b, h, T, hs) -> blocks of rows, each (b, h, size, hs)."""
@@ -257,28 +311,50 @@ class Tiles:
             torch.square(self.kt.to(self.wide), out=square)
             self.k_norm = square.sum(1, keepdim=True).mul_(-self.c / 2)
 
-    def weights(self, i: int, j: int, G: Tensor | None = None) -> Tensor:
-        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x."""
+    def weights(
+        self,
+        i: int,
+        j: int,
+        G: Tensor | None = None,
+        G_row: Tensor | None = None,
+        G_column: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x.
+
+        For a distance, the sums of that gradient over columns and over rows are added to
+        G_row (N, size) and to G_column (N, parts, size), whose parts want to be added up.
+        """
         x = self.empty("x", (*self.q[i].shape[:2], self.kt.size(2)), self.wide)
-        if self.distance:
+        add_norms = self.distance and not self.tile
+        if add_norms:
             torch.add(self.q_norm[i], self.k_norm, out=x)
-        add_product_(x, self.q[i], self.kt, alpha=self.c, beta=float(self.distance))
+        add_product_(x, self.q[i], self.kt, alpha=self.c, beta=float(add_norms))
         if self.keep < 1:
             kept = self.empty("kept", x.shape, self.wide)
             kept.bernoulli_(self.keep, generator=self.generator)
             if G is not None:
                 G.mul_(kept)
-        A = self.f_(x, G)
+        if self.tile:
+            tensors = x, G, self.q_norm[i], self.k_norm, G_row, G_column
+            pointers = (t if t is None else t.data_ptr() for t in tensors)
+            self.tile(*pointers, *x.shape, self.parts, i == j, torch.get_num_threads())
+        else:
+            x = self.f_(x, G)
+            if i == j:  # zeros are written, not multiplied by: a hidden score may overflow
+                x = x.tril_()
+                if G is not None:
+                    G.tril_()
         if self.keep < 1:
-            A = A.mul_(kept)
-        if i == j:  # zeros are written, not multiplied by: a hidden score may overflow
-            A = A.tril_()
-            if G is not None:
-                G.tril_()
-        return A.to(self.narrow)
+            x = x.mul_(kept)
+        if G is not None:
+            G = G.to(self.narrow)
+            if self.distance and not self.tile:
+                G_row += G.sum(2, dtype=self.wide)
+                G_column += G.sum(1, keepdim=True, dtype=self.wide)
+        return x.to(self.narrow), G
 
-    def write(self, out: Tensor, total: Tensor, row: Tensor, G_sum: Tensor | float) -> None:
-        """The gradient of a row (b, h, size, hs) of q or k from its sums."""
+    def write(self, out: Tensor, total: Tensor, row: Tensor, G_sum: Tensor) -> None:
+        """The gradient of a row (b, h, size, hs) of q or k from its sums, G_sum (N, size)."""
         total = total.view(out.shape)
         if self.distance:
             G_sum = G_sum.view(*out.shape[:3], 1)
@@ -308,7 +384,7 @@ def blockwise_forward(
             for j, v_j in enumerate(t.blocks("v", v[b, h])):
                 t.take_columns(k_rows[j])
                 for i in range(j, len(y_sums)):
-                    A = t.weights(i, j)
+                    A, _ = t.weights(i, j)
                     add_product_(y_sums[i], A, v_j, alpha=t.scale, beta=float(j > 0))
             for y_i, y_sum in zip(y_rows, y_sums, strict=True):
                 y_i.copy_(y_sum.view(y_i.shape))
@@ -337,25 +413,21 @@ def blockwise_backward(
             k_blocks, dy_blocks = t.blocks("k", k[b, h]), t.blocks("dy", dy[b, h])
             t.take_rows(q[b, h])
             dq_sums = [t.sum(("dq", i), dq_i) for i, dq_i in enumerate(dq_rows)]
-            G_rows = [0.0] * len(dq_rows)  # sum_j G_ij, each (N, size, 1)
+            G_rows = [t.zeros(("G_row", i), *q_i.shape[:2]) for i, q_i in enumerate(t.q)]
             for j, k_j in enumerate(k_blocks):
                 t.take_columns(k_rows[j])
                 vt_j = t.transposed("vt", v_rows[j])
                 dk_sum, dv_sum = t.sum("dk", dk_rows[j]), t.sum("dv", dv_rows[j])
-                G_columns = 0.0  # sum_i G_ij, (N, 1, size)
+                G_column = t.zeros("G_column", t.kt.size(0), t.parts, t.kt.size(2))
                 for i in range(j, len(dq_rows)):
                     G = t.empty("G", (*dy_blocks[i].shape[:2], vt_j.size(2)), t.wide)
                     add_product_(G, dy_blocks[i], vt_j, beta=0.0)
-                    A = t.weights(i, j, G)
-                    G = G.to(t.narrow)
+                    A, G = t.weights(i, j, G, G_rows[i], G_column)
                     add_product_(dv_sum, A.mT, dy_blocks[i], t.scale, beta=float(i > j))
                     add_product_(dk_sum, G.mT, t.q[i], alpha, beta=float(i > j))
                     add_product_(dq_sums[i], G, k_j, alpha, beta=float(j > 0))
-                    if t.distance:
-                        G_rows[i] += G.sum(2, keepdim=True, dtype=t.wide)
-                        G_columns += G.sum(1, keepdim=True, dtype=t.wide)
                 dv_rows[j].copy_(dv_sum.view(dv_rows[j].shape))
-                t.write(dk_rows[j], dk_sum, k_rows[j], G_columns)
+                t.write(dk_rows[j], dk_sum, k_rows[j], G_column.sum(1))
             for dq_i, dq_sum, q_i, G_row in zip(dq_rows, dq_sums, q_rows, G_rows, strict=True):
                 t.write(dq_i, dq_sum, q_i, G_row)
     return dq, dk, dv

@@ -1,0 +1,93 @@
+/*
+A tile of GK, or with -DSQUARINGS=n of GKpoly-n, in one pass over the cache: kernels.py compiles this
+file on a CPU and tells what a tile is. torch would take an operation, hence a pass, for each `*`.
+*/
+#include <string.h>
+
+/* f(x), and f'(x) in *slope */
+#ifdef SQUARINGS
+#define LAST (SQUARINGS < 6 ? SQUARINGS : 6)
+
+/* b^(2^n) with b = 1 + x / 2^n, the first squarings on x: see gaussian_poly_ in kernels.py */
+static inline float f(float x, float *slope)
+{
+    float s = 1;
+#pragma GCC unroll 16
+    for (int m = SQUARINGS; m > LAST; m--) {
+        s += s * x / (1 << m);
+        x += x * x / (2 << m);
+    }
+    float b = 1 + x / (1 << LAST);
+#pragma GCC unroll 16
+    for (int m = 0; m < LAST; m++) {
+        s *= b;
+        b *= b;
+    }
+    *slope = s;
+    return b;
+}
+
+#else
+
+/*
+exp(x) = 2^n exp(r) with n whole and |r| <= ln(2) / 2, where 7 terms of exp's series are enough.
+n times the first part of ln 2 is exact. 2^n is made from its bits: 0 below n = -126, inf above 127.
+*/
+static inline float f(float x, float *slope)
+{
+    x = x < -88 ? -88 : x > 89 ? 89 : x; /* NaN remains */
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.f / 5040;
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 1.f / 2;
+    p = p * r + 1;
+    p = p * r + 1;
+    int bits = ((int)n + 127) * (1 << 23);
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return *slope = p * power;
+}
+#endif
+
+/*
+x: N tiles of q k^T / sqrt(hs), rows by columns; becomes A, with the norms' terms added to each score.
+g: as many of dy v^T, or NULL; becomes the gradient of x.
+g_rows: N x rows, g_columns: N x parts x columns. The sums of g over columns and over rows are added to
+    them, the latter separately for every PART rows, so that no thread waits for another.
+diagonal: column j is the future of row i < j: zeros.
+*/
+void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
+          const float *restrict k_norm, float *restrict g_rows, float *restrict g_columns,
+          long N, long rows, long columns, long parts, int diagonal, int threads)
+{
+#pragma omp parallel for collapse(2) num_threads(threads)
+    for (long n = 0; n < N; n++)
+        for (long part = 0; part < parts; part++)
+            for (long i = part * PART; i < rows && i < (part + 1) * PART; i++) {
+                long row = n * rows + i, seen = diagonal && i < columns ? i + 1 : columns;
+                const float *restrict kn = k_norm + n * columns;
+                float *restrict xi = x + row * columns, qn = q_norm[row], sum = 0, slope;
+                if (g) {
+                    float *restrict gi = g + row * columns;
+                    float *restrict gj = g_columns + (n * parts + part) * columns;
+#pragma omp simd reduction(+ : sum) private(slope)
+                    for (long j = 0; j < seen; j++) {
+                        xi[j] = f(xi[j] + qn + kn[j], &slope);
+                        gi[j] *= slope;
+                        gj[j] += gi[j];
+                        sum += gi[j];
+                    }
+                    g_rows[row] += sum;
+                    memset(gi + seen, 0, (columns - seen) * sizeof *gi);
+                } else {
+#pragma omp simd private(slope)
+                    for (long j = 0; j < seen; j++)
+                        xi[j] = f(xi[j] + qn + kn[j], &slope);
+                }
+                memset(xi + seen, 0, (columns - seen) * sizeof *xi);
+            }
+}
