@@ -11,18 +11,20 @@ Speed: of a training step (the very step of train.py), and of attention alone.
 The tables: `attention` is every attn_type alone, each implementation beside softmax, against T;
 `types` a training step for every attn_type; `lengths` the step against T, at a constant number of
 tokens; `sampling` text drawn for every attn_type, one text and several at a time. What stands in
-one table was measured in turn, round by round, in one process: trust its ratios. Times are medians.
+one table was measured in turn, round by round: trust its ratios. Times are medians. nanoGPT has a
+process of its own, as it has in life: what ours sets for all of its process is not for nanoGPT.
 """
 
 import ctypes
 import importlib.util
 import io
 import json
+import multiprocessing
 import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,8 @@ from runtime import resident
 from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
 
 TABLES = ("attention", "types", "lengths", "sampling")
+TURN = 0.1  # seconds
+REST = 0.1  # seconds between two processes: OpenMP's threads look for work for a while
 
 
 @dataclass
@@ -64,18 +68,23 @@ class BenchConfig(Config):
 # Measuring
 
 
-def interleave(runs: list[Callable[[], object]], config: BenchConfig, rt) -> list[float]:
-    """Median seconds of each function, called in turn: what slows the machine slows them all."""
-    seconds = [[] for _ in runs]
-    for round_ in range(config.warmup + config.steps):
-        for run, times in zip(runs, seconds, strict=True):
-            rt.synchronize()
-            started = time.perf_counter()
-            run()
-            rt.synchronize()
-            if round_ >= config.warmup:
-                times.append(time.perf_counter() - started)
-    return [median(times) for times in seconds]
+def timed(run: Callable[[], object], rt) -> float:
+    """Median seconds of the calls that fit into a turn. The first, which finds threads asleep and
+    another model's numbers in the cache, counts only if it is the only one."""
+    seconds = []
+    while sum(seconds) < TURN:
+        rt.synchronize()
+        started = time.perf_counter()
+        run()
+        rt.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:] or seconds)
+
+
+def interleave(timers: list[Callable[[], float]], config: BenchConfig) -> list[float]:
+    """Median seconds of each, taken in turn: what slows the machine slows them all."""
+    rounds = [[timer() for timer in timers] for _ in range(config.warmup + config.steps)]
+    return [median(seconds) for seconds in zip(*rounds[config.warmup :], strict=True)]
 
 
 def peak_memory(run: Callable[[], object], rt) -> float | None:
@@ -94,15 +103,54 @@ def peak_memory(run: Callable[[], object], rt) -> float | None:
     return resident("VmHWM") - before
 
 
+class NanoGPT:
+    """nanoGPT in a process of its own, which calls what `make`(config, rt, its model.py) returned
+    whenever it is asked to."""
+
+    def __init__(self, make: Callable, config: BenchConfig):
+        if not (Path(config.nanogpt) / "model.py").exists():
+            raise UserError(f"nanogpt={config.nanogpt} is no clone of nanoGPT: it has no model.py")
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        spawn.Process(target=serve, args=(theirs, make, config), daemon=True).start()
+        theirs.close()
+
+    def ask(self, what: str) -> float | None:
+        """'seconds' of one call, or its 'peak' memory."""
+        time.sleep(REST)
+        self.pipe.send(what)
+        try:
+            answer = self.pipe.recv()
+        except EOFError as error:
+            raise UserError("nanoGPT's process ended; what it said stands above") from error
+        time.sleep(REST)
+        return answer
+
+
+def serve(pipe, make: Callable, config: BenchConfig) -> None:
+    """The life of nanoGPT's process."""
+    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
+    spec = importlib.util.spec_from_file_location("nanogpt_model", f"{config.nanogpt}/model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    run = make(config, rt, module)
+    answers = {"seconds": timed, "peak": peak_memory}
+    with suppress(EOFError):  # the end of ours
+        while True:
+            pipe.send(answers[pipe.recv()](run, rt))
+
+
 # ----------------------------------------------------------------------------
 # A training step
 
 
-def make_step(config: BenchConfig, rt, data: Dataset | None, peer=None) -> tuple[Callable, object]:
-    """The training step of train.py for one configuration, as a function of nothing; its model.
+def make_step(config: BenchConfig, rt, peer=None) -> Callable:
+    """The training step of train.py for one configuration, as a function of nothing.
 
     `peer` is nanoGPT's module model.py: its model and its optimizer then take the place of ours.
     """
+    data = real_data(config)
     vocab_size = data.vocab_size if data else config.vocab_size
     B, T = config.batch_size, config.block_size
     torch.manual_seed(config.seed)
@@ -127,10 +175,18 @@ def make_step(config: BenchConfig, rt, data: Dataset | None, peer=None) -> tuple
 
     micro_steps = rt.share(config.gradient_accumulation_steps)
     batches = Batches(load, micro_steps, 0, sys.maxsize)
-    return (
-        lambda: train_step(model, optimizer, scaler, batches, rt, config, next(step)),
-        raw_model,
-    )
+    run = lambda: train_step(model, optimizer, scaler, batches, rt, config, next(step))
+    run.model = raw_model
+    return run
+
+
+def real_data(config: BenchConfig) -> Dataset | None:
+    """The data set of the command line, if it is asked for."""
+    if not config.real_data:
+        return None
+    data = Dataset(config.dataset, config.data_dir)
+    data.check_length(config.block_size)
+    return data
 
 
 class WithLogits(torch.nn.Module):
@@ -144,43 +200,34 @@ class WithLogits(torch.nn.Module):
         return self.model(x, y)
 
 
-def load_nanogpt(folder: str):
-    """nanoGPT's model.py, as a module."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module  # its dataclass looks itself up
-    try:
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise UserError(f"nanogpt={folder} is no clone of nanoGPT: {error}") from error
-    return module
-
-
-def step_rows(configs: list[BenchConfig], rt, data: Dataset | None = None) -> list[dict]:
+def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
     """A row for the training step of each configuration, nanoGPT's before, measured in turn."""
-    entrants = [(config.attn_type, choose_impl(config, rt), config, None) for config in configs]
-    if configs[0].nanogpt:
-        entrants.insert(0, ("nanoGPT", "SM", configs[0], load_nanogpt(configs[0].nanogpt)))
-    made = [make_step(config, rt, data, peer) for _, _, config, peer in entrants]
-    seconds = interleave([run for run, _ in made], configs[0], rt)
-    rows = []
-    for (name, impl, config, _), (run, model), time_ in zip(entrants, made, seconds, strict=True):
-        sequences = config.gradient_accumulation_steps * config.batch_size
-        T = config.block_size
-        rows.append(
-            {
-                "attn_type": name,
-                "impl": impl,
-                "T": T,
-                "B": config.batch_size,
-                "ms": 1000 * time_,
-                "times_first": time_ / seconds[0],
-                "tokens_per_s": sequences * T / time_,
-                "mfu": GPT.estimate_mfu(model, sequences // rt.world_size, time_, T),
-                "peak_MiB": peak_memory(run, rt),
-            }
-        )
-    return rows
+    names = [(config.attn_type, choose_impl(config, rt)) for config in configs]
+    runs = [make_step(config, rt) for config in configs]
+    timers = [partial(timed, run, rt) for run in runs]
+    peaks = [partial(peak_memory, run, rt) for run in runs]
+    config = configs[0]
+    if config.nanogpt:
+        nanogpt = NanoGPT(make_step, config)
+        names.insert(0, ("nanoGPT", "SM"))
+        timers.insert(0, partial(nanogpt.ask, "seconds"))
+        peaks.insert(0, partial(nanogpt.ask, "peak"))
+    seconds = interleave(timers, config)
+    sequences, T = config.gradient_accumulation_steps * config.batch_size, config.block_size
+    return [
+        {
+            "attn_type": name,
+            "impl": impl,
+            "T": T,
+            "B": config.batch_size,
+            "ms": 1000 * time_,
+            "times_first": time_ / seconds[0],
+            "tokens_per_s": sequences * T / time_,
+            "mfu": runs[0].model.estimate_mfu(sequences // rt.world_size, time_, T),
+            "peak_MiB": peak(),
+        }
+        for (name, impl), time_, peak in zip(names, seconds, peaks, strict=True)
+    ]
 
 
 # ----------------------------------------------------------------------------
@@ -205,7 +252,7 @@ def attention_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict
         qkv = torch.randn(B, T, 3, nh, hs, device=rt.device, dtype=dtype)
         q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
         dy = torch.randn(B, T, nh, hs, device=rt.device, dtype=dtype).transpose(1, 2)
-        group, forwards, both = [], [], []
+        group, forwards, runs = [], [], []
         for attn_type in ["SM", *(t for t in attn_types if t != "SM")]:
             for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
                 big = impl == "reference" and attn_type != "SM" and B * nh * T * T > 2**27
@@ -213,11 +260,12 @@ def attention_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict
                     continue
                 attend = attention(attn_type, T, impl=impl)
                 group.append({"attn_type": attn_type, "impl": impl, "T": T})
-                forwards.append(partial(forward, attend, q, k, v))
-                both.append(partial(forward_backward, attend, q, k, v, dy))
+                forwards.append(partial(timed, partial(forward, attend, q, k, v), rt))
+                runs.append(partial(forward_backward, attend, q, k, v, dy))
         flops = 4 * B * nh * hs * T * T / 2  # two causal products; the backward has five
-        timed = zip(interleave(forwards, config, rt), interleave(both, config, rt), strict=True)
-        for row, run, (fwd, fwd_bwd) in zip(group, both, timed, strict=True):
+        times = interleave(forwards, config)
+        times_both = interleave([partial(timed, run, rt) for run in runs], config)
+        for row, run, fwd, fwd_bwd in zip(group, runs, times, times_both, strict=True):
             row |= {"fwd_ms": 1000 * fwd, "fwd_bwd_ms": 1000 * fwd_bwd}
             row |= {
                 "fwd_TFLOPs": flops / fwd / 1e12,
@@ -243,34 +291,39 @@ def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
     return rows
 
 
-def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
-    """Text drawn from random weights after a prompt of one token, by one and by several rows.
-    nanoGPT draws one text after the other."""
+def make_sampling(config: BenchConfig, rt, peer=None, samples: int = 1) -> Callable:
+    """Text drawn from random weights after a prompt of one token, by `samples` rows at a time."""
     shape = {key: getattr(config, key) for key in ARCHITECTURE} | {"vocab_size": config.vocab_size}
-    group, runs = [], []
-    entrants = [("nanoGPT", load_nanogpt(config.nanogpt))] if config.nanogpt else []
-    for name, peer in [*entrants, *((t, None) for t in attn_types)]:
-        with redirect_stdout(io.StringIO()):
-            if peer is not None:
-                model = peer.GPT(peer.GPTConfig(**shape, dropout=0.0))
-            else:
-                model = GPT(GPTConfig(**shape, **overrides_of(replace(config, attn_type=name))))
-        model.to(rt.device, getattr(torch, rt.dtype)).eval()
-        options = {} if peer is not None else {"compile": rt.compile}
-        for samples in (1,) if peer is not None else (1, config.num_samples):
-            prompt = torch.zeros(samples, 1, dtype=torch.long, device=rt.device)
-            group.append({"attn_type": name, "samples": samples})
-            draw = partial(model.generate, prompt, config.max_new_tokens, 0.8, 200, **options)
-            runs.append(torch.no_grad()(draw))
-    for row, seconds in zip(group, interleave(runs, config, rt), strict=True):
+    with redirect_stdout(io.StringIO()):
+        if peer is None:
+            model = GPT(GPTConfig(**shape, **overrides_of(config)))
+        else:
+            model = peer.GPT(peer.GPTConfig(**shape, dropout=0.0))
+    model.to(rt.device, getattr(torch, rt.dtype)).eval()
+    options = {"compile": rt.compile} if peer is None else {}
+    prompt = torch.zeros(samples, 1, dtype=torch.long, device=rt.device)
+    draw = partial(model.generate, prompt, config.max_new_tokens, 0.8, 200, **options)
+    return torch.no_grad()(draw)
+
+
+def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+    """One text, and several at a time; nanoGPT draws one after the other."""
+    rows, timers = [], []
+    if config.nanogpt:
+        rows.append({"attn_type": "nanoGPT", "samples": 1})
+        timers.append(partial(NanoGPT(make_sampling, config).ask, "seconds"))
+    for attn_type in attn_types:
+        for samples in (1, config.num_samples):
+            rows.append({"attn_type": attn_type, "samples": samples})
+            run = make_sampling(replace(config, attn_type=attn_type), rt, samples=samples)
+            timers.append(partial(timed, run, rt))
+    for row, seconds in zip(rows, interleave(timers, config), strict=True):
         tokens = row["samples"] * config.max_new_tokens
-        row |= {
-            "tokens_per_s": tokens / seconds,
-            "ms_per_step": 1000 * seconds * row["samples"] / tokens,
-        }
-    for row in group:
-        row["times_first"] = row["tokens_per_s"] / group[0]["tokens_per_s"]
-    return group
+        row["tokens_per_s"] = tokens / seconds
+        row["ms_per_step"] = 1000 * seconds / config.max_new_tokens
+    for row in rows:
+        row["times_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    return rows
 
 
 def lengths(config: BenchConfig) -> list[int]:
@@ -294,12 +347,12 @@ def show(title: str, rows: list[dict]) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
 
 
-def profile(config: BenchConfig, rt, data: Dataset | None) -> None:
+def profile(config: BenchConfig, rt) -> None:
     """Run the counted steps under torch's profiler; print the costliest operations."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    run, _ = make_step(config, rt, data, None)
+    run = make_step(config, rt)
     for _ in range(config.warmup):
         run()
     activities = [ProfilerActivity.CPU]
@@ -332,13 +385,14 @@ def main() -> None:
     except ValueError as error:
         raise UserError(error) from error
     rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
-    data = Dataset(config.dataset, config.data_dir) if config.real_data else None
-    if data:
-        data.check_length(config.block_size)
+    if config.nanogpt and rt.world_size > 1:
+        raise UserError("nanogpt is measured in one process beside one of ours; leave out torchrun")
+    runtime.keep_freed_memory(rt.device_type)
     if config.profile:
-        profile(config, rt, data)
+        profile(config, rt)
         return
 
+    data = real_data(config)
     vocab_size = data.vocab_size if data else config.vocab_size
     shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{vocab_size}"
     where = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
@@ -346,7 +400,7 @@ def main() -> None:
     results |= {"config": {**vars(config)}}
     rt.print(where)
     if config.table == "step":
-        results["step"] = step_rows([config], rt, data)
+        results["step"] = step_rows([config], rt)
         if rt.is_main:
             show(f"training step, {shape}", results["step"])
     makers = {"attention": attention_table, "types": types_table, "lengths": lengths_table}

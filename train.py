@@ -617,6 +617,7 @@ def main() -> None:
     with ExitStack() as stack:
         rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
         stack.callback(rt.close)
+        runtime.keep_freed_memory(rt.device_type)
         try:
             code = train(given, rt)
         except UserError as error:
