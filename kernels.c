@@ -62,32 +62,34 @@ diagonal: column j is the future of row i < j: zeros.
 */
 void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
           const float *restrict k_norm, float *restrict g_rows, float *restrict g_columns,
-          long N, long rows, long columns, long parts, int diagonal, int threads)
+          int N, int rows, int columns, int parts, int diagonal, int threads)
 {
 #pragma omp parallel for collapse(2) num_threads(threads)
-    for (long n = 0; n < N; n++)
-        for (long part = 0; part < parts; part++)
-            for (long i = part * PART; i < rows && i < (part + 1) * PART; i++) {
-                long row = n * rows + i, seen = diagonal && i < columns ? i + 1 : columns;
-                const float *restrict kn = k_norm + n * columns;
+    for (int n = 0; n < N; n++)
+        for (int part = 0; part < parts; part++)
+            for (int i = part * PART; i < rows && i < (part + 1) * PART; i++) {
+                long row = (long)n * rows + i;
+                int seen = diagonal ? i + 1 : columns;
+                const float *restrict kn = k_norm + (long)n * columns;
                 float *restrict xi = x + row * columns, qn = q_norm[row], sum = 0, slope;
                 if (g) {
                     float *restrict gi = g + row * columns;
-                    float *restrict gj = g_columns + (n * parts + part) * columns;
+                    float *restrict gj = g_columns + ((long)n * parts + part) * columns;
 #pragma omp simd reduction(+ : sum) private(slope)
-                    for (long j = 0; j < seen; j++) {
-                        xi[j] = f(xi[j] + qn + kn[j], &slope);
-                        gi[j] *= slope;
+                    for (int j = 0; j < columns; j++) {
+                        float a = f(xi[j] + qn + kn[j], &slope);
+                        xi[j] = j < seen ? a : 0;
+                        gi[j] = j < seen ? gi[j] * slope : 0;
                         gj[j] += gi[j];
                         sum += gi[j];
                     }
                     g_rows[row] += sum;
-                    memset(gi + seen, 0, (columns - seen) * sizeof *gi);
                 } else {
 #pragma omp simd private(slope)
-                    for (long j = 0; j < seen; j++)
-                        xi[j] = f(xi[j] + qn + kn[j], &slope);
+                    for (int j = 0; j < columns; j++) {
+                        float a = f(xi[j] + qn + kn[j], &slope);
+                        xi[j] = j < seen ? a : 0;
+                    }
                 }
-                memset(xi + seen, 0, (columns - seen) * sizeof *xi);
             }
 }

@@ -160,7 +160,9 @@ def compiled_tile(n: int | None = None) -> Callable | None:
     """
     command = shlex.split(os.environ.get("CC", "cc"))
     command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-    command += ["-shared", "-fPIC", f"-DPART={PART}", str(Path(__file__).with_suffix(".c"))]
+    # Split at the diagonal, a row would be two loops of which neither is whole vectors
+    command += ["-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
+    command += [str(Path(__file__).with_suffix(".c"))]
     if platform.machine() == "x86_64":
         command += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
     if n is not None:
@@ -172,7 +174,7 @@ def compiled_tile(n: int | None = None) -> Callable | None:
             tile = ctypes.CDLL(library).tile
     except (OSError, subprocess.CalledProcessError):
         return None
-    tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 4 + [ctypes.c_int] * 2
+    tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6
     tile.restype = None
     return tile
 
