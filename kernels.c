@@ -31,12 +31,14 @@ static inline float f(float x, float *slope)
 
 /*
 exp(x) = 2^n exp(r) with n whole and |r| <= ln(2) / 2, where 7 terms of exp's series are enough.
-n times the first part of ln 2 is exact. 2^n is made from its bits: 0 below n = -126, inf above 127.
+A float32 above 2^23 has no fraction: z's last bits are n. n times the first part of ln 2 is exact.
+2^n is made of its bits: 0 below n = -126, inf above 127.
 */
 static inline float f(float x, float *slope)
 {
     x = x < -88 ? -88 : x > 89 ? 89 : x; /* NaN remains */
-    float n = __builtin_rintf(x * 1.44269504f);
+    float z = x * 1.44269504f + 12582912; /* x / ln 2 + 1.5 * 2^23 */
+    float n = z - 12582912;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.f / 5040;
     p = p * r + 1.f / 720;
@@ -46,8 +48,10 @@ static inline float f(float x, float *slope)
     p = p * r + 1.f / 2;
     p = p * r + 1;
     p = p * r + 1;
-    int bits = ((int)n + 127) * (1 << 23);
+    unsigned bits;
     float power;
+    memcpy(&bits, &z, sizeof bits);
+    bits = (bits + 127) << 23;
     memcpy(&power, &bits, sizeof power);
     return *slope = p * power;
 }
