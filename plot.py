@@ -303,6 +303,8 @@ def read_log(folder: Path) -> list[dict]:
 
 def lines(axis, rows: list[dict], column: str, label: str) -> None:
     """`column` against T on logarithmic axes, a line for each attn_type and implementation."""
+    from matplotlib.ticker import LogFormatter
+
     looks = look_of([row["attn_type"] for row in rows])
     for key in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
         mine = [r for r in rows if (r["attn_type"], r.get("impl")) == key and r[column]]
@@ -314,6 +316,10 @@ def lines(axis, rows: list[dict], column: str, label: str) -> None:
         axis.plot([r["T"] for r in mine], [r[column] for r in mine], **look)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.set_xticks(sorted({row["T"] for row in rows}))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter(LogFormatter())  # 0.8 and 100, not 8 x 10^-1 and 10^2
+    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axis.set_xlabel("sequence length T (tokens)")
     axis.set_ylabel(label)
 
