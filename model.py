@@ -165,7 +165,7 @@ def refusals(
 ) -> dict[str, str | None]:
     """Why each implementation can't run, the fastest first, in one line; None where it can."""
     if attn_type == "SM":
-        return {"reference": None}  # torch chooses among its own fused kernels
+        return {"SDPA": None}  # torch chooses among its own fused kernels
     device = torch.device(device)
     fused = None if device.type in ("cpu", "cuda") else f"not tested on {device.type}"
     return {

@@ -309,7 +309,7 @@ def lines(axis, rows: list[dict], column: str, label: str) -> None:
     for key in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
         mine = [r for r in rows if (r["attn_type"], r.get("impl")) == key and r[column]]
         name, impl = key
-        if impl == "reference" and name != "SM":
+        if impl == "reference":
             look = looks[name] | {"alpha": 0.4, "marker": "x", "linewidth": 0.8}
         else:
             look = looks[name] | {"marker": "o", "markersize": 4, "label": name}
@@ -590,6 +590,9 @@ PLOTS = {
 
 def main() -> None:
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--to=")]
+    if {"--help", "-h"} & set(args):
+        print(__doc__.strip())
+        return
     if len(args) < 2 or args[0] not in PLOTS:
         raise UserError(f"{' '.join(args)!r}: python plot.py [{'|'.join(PLOTS)}] OUT_OR_FILE ...")
     place = args[1] if args[0] == "compare" else "."  # a comparison's report shows its pictures

@@ -95,7 +95,7 @@ def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
     assert [(r["attn_type"], r["impl"], r["T"]) for r in results["attention"]] == [
         (attn_type, impl, T)
         for T in (16, 64)
-        for attn_type, impl in (("SM", "reference"), ("GK", "blockwise"), ("GK", "reference"))
+        for attn_type, impl in (("SM", "SDPA"), ("GK", "blockwise"), ("GK", "reference"))
     ]
     assert [r["attn_type"] for r in results["types"]] == ["SM", "GK"]
     assert [r["T"] for r in results["lengths"]] == [16, 16, 64, 64]
@@ -179,3 +179,7 @@ def test_what_can_not_be_drawn_is_one_line(run, args, said):
 def test_tables_that_bench_has_not_are_refused(run, args, said):
     with pytest.raises(Failed, match=said):
         run("bench", *args)
+
+
+def test_plot_tells_what_it_can_do(run):
+    assert "python plot.py ranges OUT" in run("plot", "--help")
