@@ -118,10 +118,10 @@ class NanoGPT:
     def ask(self, what: str) -> float | None:
         """'seconds' of one call, or its 'peak' memory."""
         time.sleep(REST)
-        self.pipe.send(what)
         try:
+            self.pipe.send(what)
             answer = self.pipe.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise UserError("nanoGPT's process ended; what it said stands above") from error
         time.sleep(REST)
         return answer
@@ -136,7 +136,7 @@ def serve(pipe, make: Callable, config: BenchConfig) -> None:
     spec.loader.exec_module(module)
     run = make(config, rt, module)
     answers = {"seconds": timed, "peak": peak_memory}
-    with suppress(EOFError):  # the end of ours
+    with suppress(EOFError, KeyboardInterrupt):  # the end of ours
         while True:
             pipe.send(answers[pipe.recv()](run, rt))
 

@@ -584,6 +584,9 @@ def test_bench_measures_nanogpt_beside_ours(run, tmp_path):
     assert re.search(r"nanoGPT .*\n +GK +blockwise", out) and "parameters" not in out
     with pytest.raises(Failed, match="no clone of nanoGPT"):
         run("bench", *args, f"--nanogpt={tmp_path}")
+    (tmp_path / "nano" / "model.py").write_text("import nothing_that_is_there\n")
+    with pytest.raises(Failed, match="nanoGPT's process ended"):
+        run("bench", *args)
 
 
 def test_bench_profiles_the_training_step(run, tmp_path):
