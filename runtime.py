@@ -246,7 +246,7 @@ def keep_freed_memory(device_type: str) -> None:
     """Have glibc reuse large blocks instead of handing them back to the system after every use.
 
     A step of training frees all that it took; to get it anew costs a page fault every 4 KiB, a
-    tenth of the step's time on a CPU. The price is a peak that is up to a tenth higher.
+    tenth of the step's time on a CPU. The price is a peak that is up to a fifth higher.
     """
     if device_type != "cpu":
         return
