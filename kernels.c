@@ -1,6 +1,6 @@
 /*
-A tile of GK, or with -DSQUARINGS=n of GKpoly-n, in one pass over the cache: kernels.py compiles this
-file on a CPU and tells what a tile is. torch would take an operation, hence a pass, for each `*`.
+A tile of GK, or with -DSQUARINGS=n of GKpoly-n, in one pass over the cache: kernels.py compiles
+this file on a CPU and tells what a tile is. torch would take a pass for each operation.
 */
 #include <string.h>
 
@@ -58,10 +58,10 @@ static inline float f(float x, float *slope)
 #endif
 
 /*
-x: N tiles of q k^T / sqrt(hs), rows by columns; becomes A, with the norms' terms added to each score.
+x: N tiles of q k^T / sqrt(hs), rows by columns; becomes A, the norms' terms added to each score.
 g: as many of dy v^T, or NULL; becomes the gradient of x.
-g_rows: N x rows, g_columns: N x parts x columns. The sums of g over columns and over rows are added to
-    them, the latter separately for every PART rows, so that no thread waits for another.
+g_rows: N x rows, g_columns: N x parts x columns. The sums of g over columns and over rows are added
+    to them, the latter separately for every PART rows, so that no thread waits for another.
 diagonal: column j is the future of row i < j: zeros.
 */
 void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
