@@ -20,6 +20,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -70,9 +71,10 @@ class BenchConfig(Config):
 
 def timed(run: Callable[[], object], rt) -> float:
     """Median seconds of the calls that fit into a turn. The first, which finds threads asleep and
-    another model's numbers in the cache, counts only if it is the only one."""
+    another model's numbers in the cache, counts only if it is the only one. Ranks that step
+    together make one call each: by their own clocks they would make different numbers of them."""
     seconds = []
-    while sum(seconds) < TURN:
+    while not seconds or (rt.world_size == 1 and sum(seconds) < TURN):
         rt.synchronize()
         started = time.perf_counter()
         run()
@@ -108,12 +110,15 @@ class NanoGPT:
     whenever it is asked to."""
 
     def __init__(self, make: Callable, config: BenchConfig):
-        if not (Path(config.nanogpt) / "model.py").exists():
-            raise UserError(f"nanogpt={config.nanogpt} is no clone of nanoGPT: it has no model.py")
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        spawn.Process(target=serve, args=(theirs, make, config), daemon=True).start()
+        self.process = spawn.Process(target=serve, args=(theirs, make, config), daemon=True)
+        self.process.start()
         theirs.close()
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
 
     def ask(self, what: str) -> float | None:
         """'seconds' of one call, or its 'peak' memory."""
@@ -122,7 +127,9 @@ class NanoGPT:
             self.pipe.send(what)
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise UserError("nanoGPT's process ended; what it said stands above") from error
+            self.process.join()
+            told = f"nanoGPT's process ended with exit code {self.process.exitcode}"
+            raise UserError(f"{told}; what it said, if anything, stands above") from error
         time.sleep(REST)
         return answer
 
@@ -214,7 +221,7 @@ def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
         peaks.insert(0, partial(nanogpt.ask, "peak"))
     seconds = interleave(timers, config)
     sequences, T = config.gradient_accumulation_steps * config.batch_size, config.block_size
-    return [
+    rows = [
         {
             "attn_type": name,
             "impl": impl,
@@ -228,6 +235,9 @@ def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
         }
         for (name, impl), time_, peak in zip(names, seconds, peaks, strict=True)
     ]
+    if config.nanogpt:
+        nanogpt.close()
+    return rows
 
 
 # ----------------------------------------------------------------------------
@@ -311,7 +321,8 @@ def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]
     rows, timers = [], []
     if config.nanogpt:
         rows.append({"attn_type": "nanoGPT", "samples": 1})
-        timers.append(partial(NanoGPT(make_sampling, config).ask, "seconds"))
+        nanogpt = NanoGPT(make_sampling, config)
+        timers.append(partial(nanogpt.ask, "seconds"))
     for attn_type in attn_types:
         for samples in (1, config.num_samples):
             rows.append({"attn_type": attn_type, "samples": samples})
@@ -321,6 +332,8 @@ def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]
         tokens = row["samples"] * config.max_new_tokens
         row["tokens_per_s"] = tokens / seconds
         row["ms_per_step"] = 1000 * seconds / config.max_new_tokens
+    if config.nanogpt:
+        nanogpt.close()
     for row in rows:
         row["times_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
     return rows
@@ -384,9 +397,11 @@ def main() -> None:
             parse_attn_type(attn_type)
     except ValueError as error:
         raise UserError(error) from error
-    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
-    if config.nanogpt and rt.world_size > 1:
+    if config.nanogpt and not (Path(config.nanogpt) / "model.py").exists():
+        raise UserError(f"nanogpt={config.nanogpt} is no clone of nanoGPT: it has no model.py")
+    if config.nanogpt and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("nanogpt is measured in one process beside one of ours; leave out torchrun")
+    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
     runtime.keep_freed_memory(rt.device_type)
     if config.profile:
         profile(config, rt)
@@ -407,7 +422,7 @@ def main() -> None:
     makers["sampling"] = sampling_table
     for name in TABLES if config.table == "all" else [config.table]:
         if name in makers:
-            results[name] = makers[name](config, attn_types, rt)
+            results[name] = makers[name](replace(config, real_data=False), attn_types, rt)
             if rt.is_main:
                 show(f"{name}, {shape}", results[name])
     if config.out and rt.is_main:

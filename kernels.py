@@ -154,29 +154,35 @@ PART = 32  # rows of a tile; it sums G over that many for each of its partial su
 
 @cache
 def compiled_tile(n: int | None = None) -> Callable | None:
-    """kernels.c's `tile` for GK or, given n, for GKpoly-n; None if there is no C compiler for it.
+    """kernels.c's `tile` for GK or, given n, for GKpoly-n; None if there is no GCC that makes it.
 
     Compiled in every process that needs it, for exactly this CPU, in a quarter of a second.
     """
-    command = shlex.split(os.environ.get("CC", "cc"))
-    command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    flags = ["-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
     # Split at the diagonal, a row would be two loops of which neither is whole vectors
-    command += ["-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
-    command += [str(Path(__file__).with_suffix(".c"))]
+    flags += ["-fopenmp", "-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
     if platform.machine() == "x86_64":
-        command += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
+        flags += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
     if n is not None:
-        command += [f"-DSQUARINGS={n}"]
+        flags += [f"-DSQUARINGS={n}"]
+    source = str(Path(__file__).with_suffix(".c"))
     try:
+        command = [*shlex.split(os.environ.get("CC") or "cc"), *flags, source]
         with tempfile.TemporaryDirectory() as folder:
             library = f"{folder}/tile.so"
-            subprocess.run([*command, "-o", library], check=True, capture_output=True)
+            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
+            subprocess.run([*command, "-o", library], check=True, **options)
             tile = ctypes.CDLL(library).tile
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         return None
     tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6
     tile.restype = None
-    return tile
+    # A compiler that was told to be careless with numbers is not trusted
+    x = torch.tensor([*range(-63, 0), math.nan], dtype=torch.float32, device="cpu") / 3
+    norms = torch.zeros_like(x)
+    want = exp_(x.clone()) if n is None else gaussian_poly_(x.clone(), n=n)
+    tile(x.data_ptr(), None, norms.data_ptr(), norms.data_ptr(), None, None, 1, 1, 64, 1, 0, 1)
+    return tile if torch.allclose(x, want, 1e-4, equal_nan=True) else None
 
 
 def one_pass(f_: Callable) -> Callable | None:

@@ -309,7 +309,7 @@ def lines(axis, rows: list[dict], column: str, label: str) -> None:
     for key in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
         mine = [r for r in rows if (r["attn_type"], r.get("impl")) == key and r[column]]
         name, impl = key
-        if impl == "reference":
+        if impl == "reference" and name != "SM":
             look = looks[name] | {"alpha": 0.4, "marker": "x", "linewidth": 0.8}
         else:
             look = looks[name] | {"marker": "o", "markersize": 4, "label": name}

@@ -1,6 +1,8 @@
 """kernels.py: the blockwise path against the plain formula of model.py in float64."""
 
 import math
+import shutil
+import sys
 
 import pytest
 import torch
@@ -173,7 +175,9 @@ def test_polynomials_are_right_where_they_no_longer_follow_exp():
 # ----------------------------------------------------------------------------
 # kernels.c
 
-needs_c_compiler = pytest.mark.skipif(kernels.compiled_tile() is None, reason="no C compiler")
+needs_c_compiler = pytest.mark.skipif(
+    shutil.which("gcc") is None or sys.platform != "linux", reason="no GCC"
+)
 
 
 def tile(n, x, g=None, diagonal=False, threads=2, q_norm=0.0, k_norm=0.0):
@@ -246,10 +250,26 @@ def test_a_tile_adds_norms_hides_the_future_and_sums(n, rows, columns):
         assert all(map(torch.equal, again, (A, dx, over_columns, over_rows)))
 
 
-@pytest.mark.parametrize("CC", ["/nowhere/cc", "false", "cc --no-such-flag"])
+@pytest.mark.parametrize(
+    "CC", ["/nowhere/cc", "false", "cc --no-such-flag", "cc 'x", "cc -fvisibility=hidden -Dtile=t"]
+)
 def test_a_compiler_that_fails_is_done_without(CC, monkeypatch):
     monkeypatch.setenv("CC", CC)
     assert kernels.compiled_tile.__wrapped__() is None
+
+
+@needs_c_compiler
+@pytest.mark.parametrize("CC", ["", "cc -ffast-math"])
+def test_an_empty_CC_is_cc_and_fast_math_is_switched_off(CC, monkeypatch):
+    monkeypatch.setenv("CC", CC)
+    assert kernels.compiled_tile.__wrapped__() is not None
+    assert torch.tensor(1e-40) * 1 != 0  # nobody flushes this process's subnormal numbers
+
+
+@needs_c_compiler
+def test_what_was_compiled_wrongly_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "gaussian_poly_", lambda x, n: x + 1)
+    assert kernels.compiled_tile.__wrapped__(8) is None
 
 
 # ----------------------------------------------------------------------------

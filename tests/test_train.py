@@ -592,3 +592,12 @@ def test_bench_measures_nanogpt_beside_ours(run, tmp_path):
 def test_bench_profiles_the_training_step(run, tmp_path):
     out = run("bench", *TINY, "--vocab_size=11", "--steps=1", "--profile", "--out_dir=prof")
     assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000
+
+
+def test_bench_measures_two_ranks_step_by_step(tmp_path):
+    """Ranks that made as many calls as fit into a turn each would wait for each other forever."""
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "bench.py"]
+    args += [*TINY, "--vocab_size=11", "--gradient_accumulation_steps=2", "--table=types"]
+    done = subprocess_run(*args, "--attn_types=SM,GK", "--steps=3", "--warmup=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"SM +SDPA .*\n +GK +blockwise", done.stdout)
