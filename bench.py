@@ -425,8 +425,8 @@ def main() -> None:
             results[name] = makers[name](replace(config, real_data=False), attn_types, rt)
             if rt.is_main:
                 show(f"{name}, {shape}", results[name])
-    if config.out and rt.is_main:
-        Path(config.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if config.out and rt.is_main:  # after every table: the next one may fail
+            Path(config.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     rt.close()
 
 
