@@ -34,11 +34,11 @@ from statistics import median
 import torch
 
 import configurator
-import runtime
 from configurator import UserError
-from dataset import TRAIN, Dataset
+from data.dataset import TRAIN, Dataset
+from engine import runtime
+from engine.runtime import resident
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
-from runtime import resident
 from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
 
 TABLES = ("attention", "types", "lengths", "sampling")

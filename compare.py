@@ -33,8 +33,8 @@ import torch
 import configurator
 import plot
 from configurator import ROOT, UserError
-from runlog import RunLog, rows_until
-from runtime import Interrupt, Runtime, say
+from engine.runlog import RunLog, rows_until
+from engine.runtime import Interrupt, Runtime, say
 from train import Config, check, holds_checkpoint, open_data, tokens_per_step
 
 

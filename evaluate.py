@@ -30,9 +30,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import tokenizer as tokenizers
 from configurator import UserError
-from dataset import Dataset, data_folder, held_splits
+from data import tokenizer as tokenizers
+from data.dataset import Dataset, data_folder, held_splits
 from model import GPT
 
 LOGITS = 2**24  # at a time, so that a large vocabulary's are never whole

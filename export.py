@@ -21,12 +21,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-import checkpoint as ckpt
 import configurator
 from configurator import UserError
+from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer, from_meta
+from engine import checkpoint as ckpt
 from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
 from sample import fitting, read_run
-from tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer, from_meta
 
 
 @dataclass

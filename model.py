@@ -25,8 +25,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels
-import loss
+from kernels import blockwise as kernels
+from kernels import cross_entropy as loss
 
 # ----------------------------------------------------------------------------
 # Attention
@@ -181,7 +181,7 @@ def triton_refusal(attn_type, head_size, dtype, device, dropout) -> str | None:
     if dropout > 0:
         return "the Triton kernels have no dropout"
     try:
-        import triton_kernels
+        from kernels import triton_kernels
     except ImportError as error:
         return f"the Triton kernels can't be imported: {error}"
     return triton_kernels.supports(attn_type, head_size, dtype, device)
@@ -227,7 +227,7 @@ def attention(
             return pointwise_attention(q, k, v, variant, divisor, dropout, visible)
         chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout=dropout)
         if chosen == "triton":
-            import triton_kernels
+            from kernels import triton_kernels
 
             return triton_kernels.triton_attention(q, k, v, attn_type, divisor)
         if chosen == "blockwise":
@@ -521,7 +521,7 @@ class GPT(nn.Module):
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
-        from runtime import HUB, reachable
+        from engine.network import HUB, reachable
 
         override_args = override_args or {}
         unknown = override_args.keys() - {f.name for f in fields(GPTConfig)[7:]} - {"dropout"}
@@ -619,7 +619,7 @@ class GPT(nn.Module):
         ]
         options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
         if optimizer == "muon":
-            from muon import MuonAdamW
+            from engine.muon import MuonAdamW
 
             return MuonAdamW(muons, weight_decay, groups, **options)
         return torch.optim.AdamW(groups, **options)
@@ -661,7 +661,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. For the other options see generation.stream, which
         does the work. Call `eval()` first.
         """
-        from generation import stream
+        from engine.generation import stream
 
         prompts = list(idx)
         drawn = stream(self, prompts, 1, max_new_tokens, temperature, top_k, **options)

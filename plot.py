@@ -432,8 +432,8 @@ def logarithmic(axis) -> None:
 
 def mark_ranges(axis, attn_type: str) -> None:
     """Where GKpoly-n's range ends: of the run's n, or for GK of each n that is in sight."""
+    from engine.ranges import range_end, squarings
     from model import MAX_N
-    from ranges import range_end, squarings
 
     bottom, n = axis.get_ylim()[0], squarings(attn_type)
     ends = [range_end(m) for m in ([n] if n else range(1, MAX_N + 1) if attn_type == "GK" else [])]
@@ -465,9 +465,9 @@ def plot_attention(args: list[str], to: Path) -> None:
         raise UserError('attention needs a text: python plot.py attention OUT --start="Some text"')
     import torch
 
-    import ranges
     import sample
-    from runtime import Runtime
+    from engine import ranges
+    from engine.runtime import Runtime
 
     model, tokenizer = sample.load(folder)
     T = min(40, model.config.block_size)

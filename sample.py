@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as ckpt
 import configurator
-import runtime
-import tokenizer as tokenizers
 from configurator import UserError
-from dataset import SAMPLE, data_folder, random_bits, read_meta
-from generation import stream
+from data import tokenizer as tokenizers
+from data.dataset import SAMPLE, data_folder, random_bits, read_meta
+from engine import checkpoint as ckpt
+from engine import runtime
+from engine.generation import stream
 from model import GPT
 
 

@@ -33,18 +33,17 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as ckpt
 import configurator
 import evaluate
-import ranges
-import runtime
 from configurator import UserError
-from dataset import DATA_DIR, EVAL, EVAL_SEED, TRAIN, Dataset, dropout_seed
-from distill import Matching
-from divergence import where_it_began
+from data.dataset import DATA_DIR, EVAL, EVAL_SEED, TRAIN, Dataset, dropout_seed
+from data.tokenizer import meta_of_folder
+from engine import checkpoint as ckpt
+from engine import ranges, runtime
+from engine.distill import Matching
+from engine.divergence import where_it_began
+from engine.runlog import RunLog
 from model import GPT, GPTConfig, choose
-from runlog import RunLog
-from tokenizer import meta_of_folder
 
 
 @dataclass

@@ -28,9 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from dataset import SPLITS
-from runtime import HUB, reachable
-from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
+from data.dataset import SPLITS
+from data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
+from engine.network import HUB, reachable
 
 CHUNK = 2**20  # characters or bytes read, and characters encoded, at a time
 OFFLINE = "on a machine that is offline, pass --input FILE (text or .jsonl)"

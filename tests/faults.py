@@ -34,8 +34,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # torchrun sets 1
 import torch  # noqa: E402
 from conftest import write_dataset  # noqa: E402
 
-import checkpoint as ckpt  # noqa: E402
 from configurator import UserError  # noqa: E402
+from engine import checkpoint as ckpt  # noqa: E402
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 MODEL = "--n_layer=2 --n_head=2 --n_embd=48 --block_size=32 --batch_size=4 --attn_type=GK".split()

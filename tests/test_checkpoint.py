@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ckpt
 from configurator import UserError
+from engine import checkpoint as ckpt
 from model import GPT, GPTConfig, LayerNorm
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=11, dropout=0.0)

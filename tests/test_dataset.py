@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import write_dataset
 
-import dataset
 from configurator import UserError
-from dataset import EVAL, TRAIN, Dataset, random_bits
+from data import dataset
+from data.dataset import EVAL, TRAIN, Dataset, random_bits
 
 
 @pytest.fixture

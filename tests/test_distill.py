@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import EVERY_ATTN_TYPE, ROOT, Failed, subprocess_run
 
-import checkpoint as ckpt
-from distill import Matching
+from engine import checkpoint as ckpt
+from engine.distill import Matching
 from model import GPT, GPTConfig
 
 DISTILL = ["--init_from=distill", "--teacher=teacher", "--out_dir=student", "--attn_type=GK"]

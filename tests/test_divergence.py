@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import model as model_module
-from divergence import where_it_began
+from engine.divergence import where_it_began
+from engine.runtime import Runtime
 from model import GPT, GPTConfig, Pointwise
-from runtime import Runtime
 
 RT = Runtime("cpu", "float32", False)
 

@@ -12,9 +12,9 @@ from conftest import ROOT, Failed, subprocess_run
 from torch.nn import functional as F
 
 import evaluate
-import runtime
+from data.tokenizer import CharTokenizer
+from engine import runtime
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
 
 PASSAGES = ["the cat sat on the mat", "a dog ran to the cat", "the mat"]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, Failed, subprocess_run
 
-import checkpoint as ckpt
-import dataset
 import export
 import sample
+from data import dataset
+from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from engine import checkpoint as ckpt
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer, GPT2Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

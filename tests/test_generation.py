@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import EVERY_ATTN_TYPE
 
-from generation import draw, stream
+from engine.generation import draw, stream
 from model import GPT, GPTConfig
 
 

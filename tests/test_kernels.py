@@ -10,7 +10,7 @@ from conftest import EVERY_ATTN_TYPE
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
+from kernels import blockwise as kernels
 from model import POINTWISE, Pointwise, parse_attn_type, pointwise_attention
 
 NAMES = [name for name in EVERY_ATTN_TYPE if name != "SM"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import EVERY_ATTN_TYPE, Failed
 
-import checkpoint as ckpt
+from engine import checkpoint as ckpt
 from model import GPT, GPTConfig, fold_lora
 
 LORA = ["--lora_rank=3", "--out_dir=run", "--attn_type=GK"]

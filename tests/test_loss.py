@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import loss
+from kernels import cross_entropy as loss
 from model import GPT, GPTConfig
 
 

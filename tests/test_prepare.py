@@ -17,8 +17,8 @@ import pytest
 
 from configurator import UserError
 from data import common, detokenize
-from dataset import Dataset
-from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

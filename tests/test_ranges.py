@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, TINY, subprocess_run
 from torch.nn import functional as F
 
-import ranges
 import train
+from engine import ranges
+from engine.runtime import Runtime
 from model import GPT, GPTConfig
-from runtime import Runtime
 
 RT = Runtime("cpu", "float32", False)
 ATTN_TYPES = ["SM", "GK", "GKpoly-4", "PA_relu"]

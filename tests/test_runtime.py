@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, subprocess_run
 
 from configurator import UserError
-from runtime import Interrupt, Runtime, lost_rank
+from engine.runtime import Interrupt, Runtime, lost_rank
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_signal_is_a_flag_while_the_context_is_open(number, counts):
 
 def test_a_second_signal_ends_the_process_unless_it_is_the_first_one_again():
     code = (
-        "import os, runtime, time\nwith runtime.Interrupt():\n"
+        "import os, time\nfrom engine import runtime\nwith runtime.Interrupt():\n"
         "    for _ in range(9): os.kill(os.getpid(), 15)\n"
         "    print('still here', flush=True); time.sleep(2.5)\n"
         "    os.kill(os.getpid(), 15); print('no longer', flush=True)"
@@ -53,7 +53,7 @@ def test_one_process_needs_no_process_group():
 def test_ranks_share_what_the_main_one_has_and_its_errors(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import torch, configurator, runtime\n"
+        "import torch, configurator\nfrom engine import runtime\n"
         "rt = runtime.start('cpu', None, None)\n"
         "assert rt.sum([1.0, rt.rank]) == [2.0, 1.0]\n"
         "assert rt.from_main(lambda: {'rank': rt.rank}) == {'rank': 0}\n"
@@ -81,7 +81,7 @@ def test_a_lost_rank_is_told_from_other_errors():
 def test_freed_memory_is_kept():
     """Blocks of 64 MB, taken again and again, cost page faults only the first times."""
     code = (
-        "import resource, sys, torch, runtime\n"
+        "import resource, sys, torch\nfrom engine import runtime\n"
         "runtime.keep_freed_memory(sys.argv[1])\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for i in range(20):\n"

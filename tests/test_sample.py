@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import ROOT, Failed, subprocess_run
 
-import checkpoint as ckpt
 import sample
 from configurator import UserError
+from data.tokenizer import CharTokenizer
+from engine import checkpoint as ckpt
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
 
 SHORT = ["--num_samples=2", "--max_new_tokens=30", "--device=cpu", "--dtype=float32"]
 
@@ -73,7 +73,7 @@ def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
 def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, tmp_path, monkeypatch):
     import pickle
 
-    import dataset
+    from data import dataset
 
     chars = "\nabcdefg"
     monkeypatch.setattr(dataset, "DATA_DIR", tmp_path / "data")

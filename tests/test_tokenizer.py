@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
 ROOT = Path(__file__).parents[1]
 TIKTOKEN_FILES = ROOT.parent / "shared" / "data" / "tiktoken"
@@ -98,7 +98,8 @@ def test_gpt2_comes_back_from_its_meta(gpt2):
 
 
 def test_gpt2_that_is_not_to_be_had_is_one_line_naming_where_it_is_looked_for(tmp_path):
-    script = "from configurator import run; from tokenizer import GPT2Tokenizer; run(GPT2Tokenizer)"
+    imports = "from configurator import run; from data.tokenizer import GPT2Tokenizer"
+    script = f"{imports}; run(GPT2Tokenizer)"
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import EVERY_ATTN_TYPE, ROOT, TINY, Failed, subprocess_run, write_dataset
 
-import checkpoint as ckpt
 import train
+from engine import checkpoint as ckpt
 from train import Config, learning_rate
 
 
@@ -64,7 +64,7 @@ def test_exactly_max_iters_updates_are_done(run_train, tmp_path):
 def test_the_logged_loss_is_the_mean_over_micro_steps(run_train, tmp_path):
     """At step 1 no weight has moved: the loss is that of one batch with all the sequences."""
     run_train("--out_dir=run", "--max_iters=1", "--learning_rate=0", "--weight_decay=0")
-    from dataset import TRAIN, Dataset
+    from data.dataset import TRAIN, Dataset
 
     path = tmp_path / "run" / "ckpt.pt"
     model = ckpt.build_model(ckpt.load(path), path)
@@ -188,8 +188,8 @@ def test_training_starts_from_a_gpt2_folder(run, tmp_path, data_dir):
 
 
 def test_a_model_has_one_loss_whatever_the_seed(data_dir):
-    import runtime
-    from dataset import Dataset
+    from data.dataset import Dataset
+    from engine import runtime
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_best_is_the_lowest_validation_loss_and_the_latest_is_kept_on_request(ru
 
 
 def test_evaluation_and_training_draw_different_batches(data_dir):
-    from dataset import EVAL, TRAIN, Dataset
+    from data.dataset import EVAL, TRAIN, Dataset
 
     data = Dataset("abc", data_dir)
     a, b = (data.batch("train", purpose, 1337, 0, 0, 4, 16)[0] for purpose in (TRAIN, EVAL))
@@ -506,7 +506,7 @@ def test_a_log_with_odd_bytes_and_a_missing_wandb_stop_nothing(run_train, tmp_pa
 
 
 def test_cuda_gets_an_index(monkeypatch):
-    import runtime
+    from engine import runtime
 
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import run
 from data import common
-from tokenizer import END_OF_TEXT, GPT2Tokenizer
+from data.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
 NAME = "EleutherAI/lambada_openai"
 MB = 10**6

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import run
 from data import common
-from tokenizer import GPT2Tokenizer
+from data.tokenizer import GPT2Tokenizer
 
 NAME = "roneneldan/TinyStories"
 GB = 10**9

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import ranges
-from runtime import say
+from engine import ranges
+from engine.runtime import say
 
 
 class RunLog:

@@ -165,7 +165,7 @@ def compiled_tile(n: int | None = None) -> Callable | None:
         flags += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
     if n is not None:
         flags += [f"-DSQUARINGS={n}"]
-    source = str(Path(__file__).with_suffix(".c"))
+    source = str(Path(__file__).with_name("tile.c"))
     try:
         command = [*shlex.split(os.environ.get("CC") or "cc"), *flags, source]
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-import ranges
+from engine import ranges
 from model import GPT, parse_attn_type
 
 

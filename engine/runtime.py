@@ -12,8 +12,6 @@ import os
 import platform
 import signal
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,19 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of any operation among ranks: a rank that hangs ends the run
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def reachable(url: str) -> bool:
-    """Whether the server of `url` answers within ten seconds. Libraries that download try again for
-    minutes before they say that there is no network."""
-    try:
-        urllib.request.urlopen(url, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to complain
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

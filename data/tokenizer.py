@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from runtime import reachable
+from engine.network import reachable
 
 END_OF_TEXT = "<|endoftext|>"  # in any text for GPT-2, this is the one token that ends a document
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

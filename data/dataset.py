@@ -27,7 +27,7 @@ import torch
 
 from configurator import UserError
 
-DATA_DIR = Path(__file__).parent / "data"
+DATA_DIR = Path(__file__).parent
 SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
 PIECE = 2**20  # bytes; of a larger file so many are hashed at a time
 TAIL = 1024  # tokens at the end of a file that can't all be zero

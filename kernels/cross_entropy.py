@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import add_product_
+from kernels.blockwise import add_product_
 
 CHUNK = 2**24  # logits at once: 64 MiB in float32
 

@@ -1,0 +1,1 @@
+"""Data sets: token files and batches, tokenizers, and what prepares them (NAME/prepare.py)."""
