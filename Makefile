@@ -13,7 +13,7 @@ help:  ## list the targets; ARGS passes options on: make train ARGS="--max_iters
 
 train: .venv/run  ## train a model with one layer and one head, then draw a text from it
 	$(PY) train.py config/train_11.py $(ARGS)
-	$(PY) sample.py --out_dir=$(OUT) --start="The " --num_samples=1 --max_new_tokens=200
+	$(PY) sample.py --out_dir=$(OUT) --start="The object" --num_samples=1 --max_new_tokens=200
 	@echo
 	@echo "Next, train the same model with softmax, and draw both losses in loss.png:"
 	@echo "    $(PY) train.py config/train_11.py --attn_type=SM --out_dir=out-SM"
