@@ -461,9 +461,9 @@ def move_aside(folder: Path, rt: runtime.Runtime) -> None:
 def pictures(folder: Path) -> list[Path]:
     """Draw the run in `folder`; the pictures' paths. There are none without matplotlib."""
     with suppress(ImportError):
-        import plot  # here, as matplotlib takes a second
+        from engine.pictures import draw_run
 
-        return plot.of_run(Path(os.path.relpath(folder)))
+        return draw_run(Path(os.path.relpath(folder)))
     return []
 
 
