@@ -70,8 +70,7 @@ def seconds_per_call(run: Callable[[], object], rt) -> float:
     """Median seconds of the calls that fit into a turn.
 
     The first call, which finds threads asleep and another model's numbers in the cache, counts only
-    if there is no other. Ranks that step together make one call each: if each of them looked at its
-    own clock, they would make different numbers of calls.
+    if there is no other. Ranks make one call each: by their own clocks, their numbers would differ.
     """
     seconds = []
     while not seconds or (rt.world_size == 1 and sum(seconds) < TURN):
@@ -109,10 +108,10 @@ def peak_memory(run: Callable[[], object], rt) -> float | None:
 # A training step
 
 
-def new_model(config: BenchConfig, vocab_size: int, nanogpt=None) -> torch.nn.Module:
+def new_model(config: BenchConfig, nanogpt=None) -> torch.nn.Module:
     """A model with random weights, of this project or of nanoGPT's module model.py."""
     torch.manual_seed(config.seed)
-    shape = {key: getattr(config, key) for key in ARCHITECTURE} | {"vocab_size": vocab_size}
+    shape = {key: getattr(config, key) for key in (*ARCHITECTURE, "vocab_size")}
     if nanogpt is None:
         return GPT(GPTConfig(**shape, **overrides_of(config)))
     return nanogpt.GPT(nanogpt.GPTConfig(**shape, dropout=config.dropout))
@@ -126,9 +125,8 @@ class TrainingStep:
 
     def __init__(self, config: BenchConfig, rt, nanogpt=None):
         self.config, self.rt, self.steps = config, rt, count()
-        self.data = open_real_data(config)
-        self.vocab_size = self.data.vocab_size if self.data else config.vocab_size
-        self.raw_model = new_model(config, self.vocab_size, nanogpt).to(rt.device)
+        self.data = Dataset(config.dataset, config.data_dir) if config.real_data else None
+        self.raw_model = new_model(config, nanogpt).to(rt.device)
         self.optimizer = self.raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
         )
@@ -144,7 +142,7 @@ class TrainingStep:
         if self.data:
             batch = self.data.batch("train", TRAIN, config.seed, step, micro_step, B, T)
             return self.rt.to_device(*batch)
-        tokens = torch.randint(self.vocab_size, (B, T + 1))
+        tokens = torch.randint(config.vocab_size, (B, T + 1))
         return self.rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def __call__(self) -> None:
@@ -152,20 +150,11 @@ class TrainingStep:
         train_step(self.model, self.optimizer, self.scaler, self.batches, rt, config, step)
 
 
-def open_real_data(config: BenchConfig) -> Dataset | None:
-    """The data set named on the command line, if --real_data asks for it."""
-    if not config.real_data:
-        return None
-    data = Dataset(config.dataset, config.data_dir)
-    data.check_length(config.block_size)
-    return data
-
-
 def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
     """A row for the training step of each configuration, nanoGPT's first."""
     config = configs[0]
-    names = [(config.attn_type, choose_impl(config, rt)) for config in configs]
-    steps = [TrainingStep(config, rt) for config in configs]
+    names = [(c.attn_type, choose_impl(c, rt)) for c in configs]
+    steps = [TrainingStep(c, rt) for c in configs]
     timers = [partial(seconds_per_call, step, rt) for step in steps]
     peaks = [partial(peak_memory, step, rt) for step in steps]
     if config.nanogpt:
@@ -241,19 +230,17 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
     qkv = torch.randn(B, T, 3, nh, hs, device=rt.device, dtype=dtype)
     q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
     dy = torch.randn(B, T, nh, hs, device=rt.device, dtype=dtype).transpose(1, 2)
+    n_weights = B * nh * T * T  # the reference holds several matrices of this size
     rows, forwards, both_ways = [], [], []
     for attn_type in ["SM", *(t for t in attn_types if t != "SM")]:
         for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
-            too_large = (
-                impl == "reference" and B * nh * T * T > 2**27
-            )  # holds several (B, nh, T, T)
-            if reason is not None or too_large:
+            if reason is not None or (impl == "reference" and n_weights > 2**27):
                 continue
             attend = attention(attn_type, T, impl=impl)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
             forwards.append(partial(forward, attend, q, k, v))
             both_ways.append(partial(forward_backward, attend, q, k, v, dy))
-    flops = 4 * B * nh * hs * T * T / 2  # two causal products; the backward has five
+    flops = 4 * n_weights * hs / 2  # two causal products; the backward has five
     times, times_both_ways = (
         interleave([partial(seconds_per_call, run, rt) for run in runs], config)
         for runs in (forwards, both_ways)
@@ -277,17 +264,17 @@ def types_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
 
 
 def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
-    rows = []
+    rows, tokens = [], config.batch_size * config.block_size
     for T in lengths(config):
-        B = max(1, config.batch_size * config.block_size // T)
-        rows += types_table(replace(config, block_size=T, batch_size=B), attn_types, rt)
+        shape = replace(config, block_size=T, batch_size=max(1, tokens // T))
+        rows += types_table(shape, attn_types, rt)
     return rows
 
 
 def sampling(config: BenchConfig, rt, nanogpt=None, n_samples: int = 1) -> Callable:
     """A function that draws texts, n_samples at a time, from random weights and a prompt of one
     token."""
-    model = new_model(config, config.vocab_size, nanogpt)
+    model = new_model(config, nanogpt)
     model.to(rt.device, getattr(torch, rt.dtype)).eval()
     options = {"compile": rt.compile} if nanogpt is None else {}
     prompt = torch.zeros(n_samples, 1, dtype=torch.long, device=rt.device)
@@ -317,12 +304,8 @@ def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]
     return rows
 
 
-TABLES = {
-    "attention": attention_table,
-    "types": types_table,
-    "lengths": lengths_table,
-    "sampling": sampling_table,
-}
+TABLES = {"attention": attention_table, "types": types_table}
+TABLES |= {"lengths": lengths_table, "sampling": sampling_table}
 
 
 def print_table(title: str, rows: list[dict]) -> None:
@@ -335,10 +318,6 @@ def print_table(title: str, rows: list[dict]) -> None:
 
     cells = [[cell(value) for value in row.values()] for row in rows]
     print(f"\n{title}\n{text_table([list(rows[0]), *cells])}")
-
-
-# ----------------------------------------------------------------------------
-# The script
 
 
 def read_config() -> tuple[BenchConfig, list[str]]:
@@ -361,6 +340,10 @@ def read_config() -> tuple[BenchConfig, list[str]]:
         raise UserError("nanogpt is measured beside a single process; start bench.py by python")
     if config.out and not Path(config.out).parent.is_dir():
         raise UserError(f"out={config.out} is in a folder that is not there; make the folder first")
+    if config.real_data:
+        data = Dataset(config.dataset, config.data_dir)
+        data.check_length(config.block_size)
+        config.vocab_size = data.vocab_size
     return config, attn_types
 
 
@@ -372,9 +355,7 @@ def main() -> None:
         profile(config, rt)
         return
 
-    data = open_real_data(config)
-    vocab_size = data.vocab_size if data else config.vocab_size
-    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{vocab_size}"
+    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
     machine = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
     results = {"machine": machine, "torch": torch.__version__, "python": platform.python_version()}
     results["config"] = vars(config)

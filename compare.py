@@ -88,7 +88,7 @@ class Trial:
         return {}
 
     def environment(self) -> dict:
-        """Device, versions and data that the run recorded."""
+        """The device, versions and data that the run recorded."""
         return self.saved_config().get("found") or {}
 
     def is_same(self) -> bool:
@@ -142,7 +142,15 @@ class Trial:
 def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     """A trial for each seed, learning rate and attn_type. Seeds vary slowest, so that a comparison
     stopped halfway has compared something. Raises UserError for values that no trial could use."""
-    values = {key: listed_values(key, given, config) for key in LISTS}
+    values = {}
+    for key, plural in LISTS.items():
+        if key in given:
+            raise UserError(f"{key} is set by a list here; pass --{plural}={given[key]}")
+        option = f"--{plural}={getattr(config, plural)}"
+        parts = [part.strip() for part in getattr(config, plural).split(",")]
+        values[key] = [configurator.convert(Config, key, part, option) for part in parts]
+        if len(set(values[key])) < len(parts):
+            raise UserError(f"{option} has a value twice; leave one of them out")
     if 0 in values["learning_rate"]:
         raise UserError(f"--learning_rates={config.learning_rates}: a rate of 0 learns nothing")
     own_keys = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
@@ -163,19 +171,6 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     if len({trial.folder for trial in trials}) < len(trials):
         raise UserError(f"--learning_rates={config.learning_rates} differ by too little")
     return trials
-
-
-def listed_values(key: str, given: dict, config: CompareConfig) -> list:
-    """The values of a key that a list sets, e.g. of `seed` from --seeds=1,2."""
-    plural = LISTS[key]
-    if key in given:
-        raise UserError(f"{key} is set by a list here; pass --{plural}={given[key]}")
-    option = f"--{plural}={getattr(config, plural)}"
-    parts = [part.strip() for part in getattr(config, plural).split(",")]
-    values = [configurator.convert(Config, key, part, option) for part in parts]
-    if len(set(values)) < len(values):
-        raise UserError(f"{option} has a value twice; leave one of them out")
-    return values
 
 
 # ----------------------------------------------------------------------------
@@ -247,10 +242,8 @@ def train_all(trials: list[Trial], config: CompareConfig, lock) -> tuple[int, li
 
 
 def conclude(trial: Trial, code: int) -> tuple[str, bool]:
-    """The outcome of a process that ended with exit code `code`, and whether it is a result.
-
-    Raises UserError for a mistake in the settings, because of which training did not begin.
-    """
+    """The outcome of a process that ended with exit code `code`, and whether it is a result. Raises
+    UserError for a mistake in the settings, which kept training from beginning."""
     lines = trial.output.read_text(encoding="utf-8", errors="replace").split("\n")
     errors = [line for line in lines if line.startswith("error: ")]  # warnings may follow it
     message = (errors or [line for line in lines if line.strip()] or ["no output"])[-1]

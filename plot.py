@@ -32,9 +32,6 @@ from engine.pictures import (
     save_figure,
 )
 
-# ----------------------------------------------------------------------------
-# The tables of bench.py
-
 
 def draw_bench(file: str, to: Path) -> None:
     """Draw the tables in one JSON file of bench.py: curves against T, and bars for attentions."""
@@ -92,10 +89,6 @@ def draw_against_length(axis, rows: list[dict], column: str, label: str) -> None
     axis.set_ylabel(label)
 
 
-# ----------------------------------------------------------------------------
-# What attention computes with
-
-
 def draw_attention(folder: str, to: Path, start: str) -> None:
     """Draw A of each head on the first 40 tokens of a text, a picture for each layer."""
     if not start:
@@ -109,38 +102,33 @@ def draw_attention(folder: str, to: Path, start: str) -> None:
     model, tokenizer = load(folder)
     ids = torch.as_tensor(tokenizer.encode(start))[: min(40, model.config.block_size)]
     tokens = [repr(tokenizer.decode([i]))[1:-1].replace(" ", "\u2423") for i in ids.tolist()]
-    attn_type = model.config.attn_type
+    rotation = 90 if max(map(len, tokens)) > 2 else 0
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    label = run_label(model.config.attn_type, Path(folder).name)
     side = max(3, 1.3 + 0.1 * len(ids))  # inches
     maps = ranges.attention_maps(model, ids[None], Runtime("cpu", "float32", False))
     for layer, A in enumerate(maps):  # (nh, T, T)
         columns = min(4, len(A))
-        label = run_label(attn_type, Path(folder).name)
         title = f"{label}, layer {layer}: weight A of each key for each query"
         figure, axes = new_figure(columns, title, -(-len(A) // columns), (side + 0.3, side))
-        look, label = map_look(A.numpy(), attn_type)
+        look, scale = map_look(A.numpy(), model.config.attn_type)
         for head, axis in enumerate(axes[: len(A)]):
-            image = draw_map(axis, A[head], look, tokens)
+            axis.grid(False)
+            shown = A[head].clamp(min=look["norm"].vmin).masked_fill(future, math.nan)
+            image = axis.imshow(shown.numpy(), **look)
             axis.set_title(f"head {head}", fontsize=9)
+            axis.set_xticks(
+                range(len(ids)), tokens, rotation=rotation, fontsize=6, parse_math=False
+            )
+            axis.set_yticks(range(len(ids)), tokens, fontsize=6, parse_math=False)
+            axis.tick_params(length=0, pad=2)
+            axis.set_xlabel("key j (token)", fontsize=9)
+            axis.set_ylabel("query i (token)", fontsize=9)
         for axis in axes[len(A) :]:
             axis.remove()
         extend = "neither" if look["norm"].vmin < 0 else "min"
-        figure.colorbar(image, ax=list(axes[: len(A)]), label=label, shrink=0.8, extend=extend)
+        figure.colorbar(image, ax=list(axes[: len(A)]), label=scale, shrink=0.8, extend=extend)
         save_figure(figure, to, f"attention-{layer}")
-
-
-def draw_map(axis, A, look: dict, tokens: list[str]):
-    """Draw the weights (T, T) of one head; returns the image."""
-    hidden = A.new_ones(A.shape).bool().triu(1)
-    axis.grid(False)
-    shown = A.clamp(min=look["norm"].vmin).masked_fill(hidden, math.nan)
-    image = axis.imshow(shown.numpy(), **look)
-    text = {"fontsize": 6, "parse_math": False}
-    axis.set_xticks(range(len(A)), tokens, rotation=90 * (max(map(len, tokens)) > 2), **text)
-    axis.set_yticks(range(len(A)), tokens, **text)
-    axis.tick_params(length=0, pad=2)
-    axis.set_xlabel("key j (token)", fontsize=9)
-    axis.set_ylabel("query i (token)", fontsize=9)
-    return image
 
 
 def map_look(A, attn_type: str) -> tuple[dict, str]:

@@ -5,6 +5,7 @@ makes something infinite or NaN out of finite numbers.
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> 
     GKpoly-n the line says how far the scores x left the range in which GKpoly-n follows exp.
     """
     for name, weight in model.named_parameters():
-        if not finite(weight):
+        if not finite([weight]):
             return f"it began in the weights {name}"
     for x, y in batches:
         if (name := first_origin(model, x, y, rt)) is not None:
@@ -29,36 +30,31 @@ def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> 
     return None
 
 
-def finite(*tensors: Tensor | None) -> bool:
-    return all(t is None or not t.is_floating_point() or t.isfinite().all() for t in tensors)
+def finite(values: Iterable) -> bool:
+    """Whether all floating-point tensors among the values are finite."""
+    tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
 def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
     """The first module, or weight's gradient, that is not finite though its inputs are."""
     origins = []  # in the order of computation
 
-    def forward_hook(name):
-        def check(module, inputs, output):
-            outputs = output if isinstance(output, tuple) else (output,)
-            if not origins and finite(*filter(torch.is_tensor, inputs)) and not finite(*outputs):
-                origins.append(readable(name))
+    def check(name, module, inputs, outputs):
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not origins and finite(inputs) and not finite(outputs):
+            origins.append(name)
 
-        return check
-
-    def backward_hook(name):
-        def check(module, grad_input, grad_output):
-            if not origins and finite(*grad_output) and not finite(*grad_input):
-                origins.append(f"the gradient of {readable(name)}")
-
-        return check
+    def check_gradient(name, module, grad_input, grad_output):
+        check(f"the gradient of {name}", module, grad_output, grad_input)
 
     embeddings = ("transformer.w", "transformer.drop")  # a backward hook needs an input's gradient
     handles = []
     for name, module in model.named_modules():
         if name in ("", "transformer", "transformer.h") or name.startswith(embeddings):
             continue
-        handles.append(module.register_forward_hook(forward_hook(name)))
-        handles.append(module.register_full_backward_hook(backward_hook(name)))
+        handles.append(module.register_forward_hook(partial(check, readable(name))))
+        handles.append(module.register_full_backward_hook(partial(check_gradient, readable(name))))
     model.zero_grad()
     embedding = model.transformer.wte.weight
     frozen = not embedding.requires_grad
@@ -66,7 +62,7 @@ def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
     try:
         with rt.autocast():
             loss = model(x, y)[1]
-        if not origins and not finite(loss):
+        if not origins and not finite([loss]):
             origins.append("the loss itself")
         if not origins:
             loss.backward()
@@ -77,7 +73,7 @@ def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
     origins += [
         f"the gradient of {readable(name)}"
         for name, weight in model.named_parameters()
-        if not finite(weight.grad)
+        if not finite([weight.grad])
     ]
     model.zero_grad()
     return origins[0] if origins else None

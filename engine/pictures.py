@@ -62,10 +62,6 @@ def save_figure(figure, folder: Path, name: str) -> None:
     print(f"{folder / name}.png and .svg")
 
 
-# ----------------------------------------------------------------------------
-# The logs of a run
-
-
 def read_log(folder: Path, name: str = "log.csv") -> list[dict[str, str]]:
     """The rows of a run's log as text. Raises UserError if there is none."""
     try:
@@ -89,25 +85,15 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
             f"{folder} has no stats.csv; train with --stats_interval=N, or measure a finished run "
             f"with  python train.py --init_from=resume --out_dir={folder} --stats_interval=1"
         )
-    try:
-        rows = [
-            {key: float(cell) if cell else math.nan for key, cell in row.items()}
-            for row in read_log(folder, "stats.csv")
-        ]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/stats.csv is damaged: {error}") from error
+    rows = read_log(folder, "stats.csv")
     if not rows:
         raise UserError(f"{folder}/stats.csv has no rows yet")
-    return rows
+    return [{key: float(x) if x else math.nan for key, x in row.items()} for row in rows]
 
 
 def run_label(attn_type: str, folder: Path | str) -> str:
     """'GK (out-11)', or 'GK' if the folder has the name of the attention."""
     return attn_type if attn_type == Path(folder).name else f"{attn_type} ({folder})"
-
-
-# ----------------------------------------------------------------------------
-# Losses
 
 
 def draw_losses(folders: list[Path], to: Path) -> None:
@@ -145,13 +131,13 @@ def run_looks(attn_types: dict[Path, str]) -> list[dict]:
     if all runs have the same attention, a colour for each run."""
     names = list(attn_types.values())
     if len(set(names)) == 1 < len(names):
-        looks = line_looks([str(folder) for folder in attn_types])
-        return [looks[str(folder)] for folder in attn_types]
-    looks, chosen = line_looks(names), []
-    for i, name in enumerate(names):
-        nth = names[:i].count(name)  # run of this attention
-        chosen.append(looks[name] | ({"linestyle": LINE_STYLES[nth % 3]} if nth else {}))
-    return chosen
+        names = [str(folder) for folder in attn_types]
+    looks = line_looks(names)
+    repetitions = [names[:i].count(name) for i, name in enumerate(names)]
+    return [
+        looks[name] | ({"linestyle": LINE_STYLES[n % 3]} if n else {})
+        for name, n in zip(names, repetitions, strict=True)
+    ]
 
 
 def losses_of(rows: list[dict], column: str) -> list[tuple[int, float]]:
@@ -172,18 +158,12 @@ def tokens_to_reach(folder: Path, points: list, baseline: Path, baseline_points:
     return f"{folder} reaches {goal_text} after {tokens:,} tokens, {share:.2f} times as many"
 
 
-# ----------------------------------------------------------------------------
-# The ranges of attention's numbers
-
 # The panels beside those of the scores: label of the axis, title, and curves. A curve is a column
 # of stats.csv, the function that reduces it over a layer's heads, and a line style.
+ROW_SUMS = [("row_mean", mean, "-"), ("row_min", min, ":"), ("row_max", max, ":")]
 WEIGHT_PANELS = [
     ("largest |A|", "over all rows and heads", [("A_max", max, "-")]),
-    (
-        "sum of a row of A",
-        "solid: mean; dotted: extremes",
-        [("row_mean", mean, "-"), ("row_min", min, ":"), ("row_max", max, ":")],
-    ),
+    ("sum of a row of A", "solid: mean; dotted: extremes", ROW_SUMS),
 ]
 SOFTMAX_PANELS = [  # every row of softmax sums to 1
     ("largest norm", "solid: q; dotted: k", [("q_max", max, "-"), ("k_max", max, ":")]),

@@ -144,7 +144,7 @@ def test_a_diverged_run_is_a_row_and_is_not_tried_again(run, compared, monkeypat
 @pytest.mark.slow
 def test_a_stopped_comparison_goes_on_where_it_was(run, tmp_path, data_dir):
     args = [*COMMON, f"--data_dir={data_dir}", "--seeds=1", "--learning_rates=1e-2"]
-    args += ["--out_dir=out", "--max_iters=400", "--eval_interval=20"]
+    args += ["--out_dir=out", "--max_iters=200", "--eval_interval=20"]
     command = [sys.executable, ROOT / "compare.py", *args, "--attn_types=SM,GK"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     first, second = (tmp_path / "out" / f"{t}-lr0.01-seed1" for t in ("SM", "GK"))
@@ -161,7 +161,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(run, tmp_path, data_dir):
     run("compare", *args, "--attn_types=SM")
     assert json.loads((first / "config.json").read_text())["init_from"] == "resume"
     evaluated = [row["step"] for row in read(first / "log.csv") if row["val_loss"]]
-    assert evaluated == [str(step) for step in range(0, 401, 20)]
+    assert evaluated == [str(step) for step in range(0, 201, 20)]
     assert not first.with_name(f"{first.name}.1").exists()
 
 
@@ -252,15 +252,9 @@ def test_runs_are_shared_among_gpus_and_threads(
 ):
     seen = []
 
-    class Started:
-        def __init__(self, command, stdout, stderr, env, pass_fds):
-            seen.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS")))
-            self.returncode = 0
-
-        def poll(self):
-            return 0
-
-        wait = poll
+    def start(command, stdout, stderr, env, pass_fds):
+        seen.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS")))
+        return SimpleNamespace(returncode=0, poll=lambda: 0)
 
     for key, value in (("CUDA_VISIBLE_DEVICES", given), ("OMP_NUM_THREADS", None)):
         monkeypatch.delenv(key, raising=False)
@@ -268,7 +262,7 @@ def test_runs_are_shared_among_gpus_and_threads(
             monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    monkeypatch.setattr(compare.subprocess, "Popen", Started)
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
     monkeypatch.setattr(compare, "conclude", lambda trial, code: ("done", True))
     monkeypatch.setattr(compare, "write_results", lambda trials, config: None)
     trials = [Trial({}, Config(out_dir=str(tmp_path / str(i)), device=device)) for i in range(4)]
