@@ -169,7 +169,8 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     if trials[0].config.max_iters < 1:
         raise UserError("max_iters=0 trains nothing to compare; pass at least 1")
     if len({trial.folder for trial in trials}) < len(trials):
-        raise UserError(f"--learning_rates={config.learning_rates} differ by too little")
+        problem = f"--learning_rates={config.learning_rates} has rates that differ by too little"
+        raise UserError(f"{problem}; leave one of them out")
     return trials
 
 
@@ -236,7 +237,7 @@ def train_all(trials: list[Trial], config: CompareConfig, lock) -> tuple[int, li
             for _, process in running.values():
                 process.wait()
     if interrupt.signal:
-        say("stopped; the same command goes on")
+        say("stopped; the same command goes on where it stopped")
         return 128 + interrupt.signal, failures
     return 0, failures
 
