@@ -1,14 +1,14 @@
 """
-What happens if softmax is replaced: attentions side by side, each at its best learning rate.
+Attentions side by side, each at its best learning rate: what a GPT loses or gains without softmax.
 
     python compare.py config/compare_11.py                      # nine of them, one layer, one head
     python compare.py config/compare_11.py --attn_types=SM,PA_relu --seeds=1,2,3 --out_dir=out-relu
     python compare.py --base=train_gpt2 --attn_types=SM,GK --learning_rates=6e-4 --jobs=2
 
-Trains every (attn_type, learning rate, seed) by a train.py of its own, on the same tokens: a
-batch is a function of the seed and the step. Started again it goes on where it stopped, with what
-is missing or was run with other settings. OUT_DIR then holds results.csv (a row per run),
-report.md, its pictures, and a folder and the output of each run.
+Each combination of attn_type, learning rate and seed is trained by a train.py of its own. All see
+the same tokens, as a batch is a function of the seed and the step. The same command, started again,
+goes on where it stopped: it trains what is missing or was trained with other settings. OUT_DIR then
+holds results.csv (a row per run), report.md, its pictures, and the folder and output of each run.
 """
 
 import csv
@@ -31,9 +31,9 @@ from statistics import mean, median, stdev
 import torch
 
 import configurator
-import plot
 from configurator import ROOT, UserError
-from engine.files import read_rows
+from engine.comparison import PICTURES, at_rate, best_rates, draw_comparison, read_results
+from engine.files import read_rows, text_table, whole_file
 from engine.run_folder import holds_checkpoint
 from engine.runtime import Interrupt, Runtime, say
 from engine.start import check, open_data, tokens_per_step
@@ -42,89 +42,87 @@ from train import Config
 
 @dataclass
 class CompareConfig(Config):
-    # Comparison: any key of train.py, for all runs, but those that the lists set, and
+    # Comparison (the keys above hold for every run; attn_type, learning_rate and seed are lists)
     out_dir: str = "out-compare"  # folder of the comparison
-    base: str = "train_11"  # config file of the runs; what is given beside it overrides it
-    attn_types: str = "SM,GK"  # what is compared; the first is compared with if SM isn't there
-    learning_rates: str = "1e-3,3e-3,1e-2"  # tried for each, which is judged by its best
-    seeds: str = "1,2"  # of each, for the spread
+    base: str = "train_11"  # config file of the runs; keys that are given override it
+    attn_types: str = "SM,GK"  # attentions to compare with SM, or with the first if SM is missing
+    learning_rates: str = "1e-3,3e-3,1e-2"  # peak rates to try for each attention
+    seeds: str = "1,2"  # seeds to train each attention and learning rate with
     jobs: int | None = None  # runs at a time; auto: one for each GPU, 1 on a CPU
 
 
 LISTS = {"attn_type": "attn_types", "learning_rate": "learning_rates", "seed": "seeds"}
-# Of a run's config.json: what can't change its results is no reason to do it again
-APART = (
+# Keys that cannot change the results of a run, so that it is not trained again for their sake
+WITHOUT_EFFECT = (
     "out_dir data_dir init_from allow_mismatch plot wandb_log wandb_project wandb_run_name "
     "tensorboard_log stats_tolerance"
 ).split()
-DIVERGED = "diverged.txt"  # in the folder of a run that did: what train.py said
+DIVERGED = "diverged.txt"  # in the folder of a diverged run: the error message of train.py
 
 # ----------------------------------------------------------------------------
-# The runs
+# The trials
 
 
 @dataclass
-class Run:
-    """One train.py: what it is given, the whole config that this makes, and its data's SHA-256."""
+class Trial:
+    """One run of train.py: the keys passed to it, its whole config, and the SHA-256 of its data."""
 
     settings: dict
     config: Config
     data: dict | None = None
 
     def __post_init__(self):
-        self.folder = Path(self.config.out_dir)
-        self.output = Path(f"{self.folder}.txt")
         c = self.config
+        self.folder, self.output = Path(c.out_dir), Path(f"{c.out_dir}.txt")
         self.title = f"{c.attn_type}, learning rate {c.learning_rate:g}, seed {c.seed}"
 
     def rows(self) -> list[dict]:
+        """The rows of log.csv."""
         with suppress(OSError):
             return read_rows(self.folder / "log.csv", self.config.max_iters)
         return []
 
-    def saved(self) -> dict:
+    def saved_config(self) -> dict:
         """The config.json in its folder, {} if there is none."""
         with suppress(OSError, ValueError):
-            text = (self.folder / "config.json").read_text(encoding="utf-8")
-            if isinstance(saved := json.loads(text), dict):
-                return saved
+            saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            return saved if isinstance(saved, dict) else {}
         return {}
 
-    def found(self) -> dict:
-        return self.saved().get("found") or {}
+    def environment(self) -> dict:
+        """The device, versions and data that the run recorded."""
+        return self.saved_config().get("found") or {}
 
     def is_same(self) -> bool:
-        """Whether its folder holds a run, whole or not, with these settings, on these data."""
-        saved = {**asdict(Config()), **self.saved()}  # keys may be younger than the run
-        same = all(saved[k] == v for k, v in asdict(self.config).items() if k not in APART)
-        return same and self.found().get("data") == self.data
+        """Whether its folder holds a run, finished or not, of these settings and data."""
+        saved = {**asdict(Config()), **self.saved_config()}  # keys may be younger than the run
+        config = asdict(self.config).items()
+        same = all(saved[key] == value for key, value in config if key not in WITHOUT_EFFECT)
+        return same and self.environment().get("data") == self.data
 
-    def is_done(self) -> bool:
-        return self.is_same() and (self.is_whole() or (self.folder / DIVERGED).exists())
-
-    def is_whole(self) -> bool:
-        rows = self.rows()
-        last = rows[-1] if rows else {}
+    def is_complete(self) -> bool:
+        last = (self.rows() or [{}])[-1]
         return last.get("step") == str(self.config.max_iters) and bool(last["val_loss"])
 
-    def resumes(self) -> bool:
+    def is_done(self) -> bool:
+        return self.is_same() and (self.is_complete() or (self.folder / DIVERGED).exists())
+
+    def can_resume(self) -> bool:
         return self.is_same() and holds_checkpoint(self.folder)
 
     def command(self) -> list[str]:
-        settings = {**self.settings, **({"init_from": "resume"} if self.resumes() else {})}
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *(f"--{k}={v}" for k, v in settings.items()),
-        ]
+        settings = self.settings | ({"init_from": "resume"} if self.can_resume() else {})
+        options = [f"--{key}={value}" for key, value in settings.items()]
+        return [sys.executable, str(ROOT / "train.py"), *options]
 
     def result(self) -> dict:
-        """Its row of results.csv."""
+        """The row of results.csv."""
         rows, config = self.rows(), self.config
         losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
-        diverged = not self.is_whole() or not math.isfinite(losses[-1])
+        diverged = not self.is_complete() or not math.isfinite(losses[-1])
         step_ms = [float(row["step_ms"]) for row in rows if row["step_ms"]]
         ms = round(median(step_ms), 3) if step_ms else None
+        peaks = [float(row["peak_mib"]) for row in rows if row.get("peak_mib")]
         last = rows[-1] if rows else {}
         return {
             "attn_type": config.attn_type,
@@ -136,253 +134,261 @@ class Run:
             "tokens": last.get("tokens"),
             "ms_per_step": ms,
             "tokens_per_s": ms and round(1000 * tokens_per_step(config) / ms),
-            "peak_mib": max((float(r["peak_mib"]) for r in rows if r["peak_mib"]), default=None),
+            "peak_mib": max(peaks, default=None),
             "diverged": diverged,
             "seconds": last.get("seconds"),
             "run": self.folder.name,
         }
 
 
-def make_runs(given: dict, config: CompareConfig) -> list[Run]:
-    """A run for every seed, learning rate and attn_type, in this order: a comparison that is
-    stopped halfway has compared something. Raises UserError for what no run could use."""
+def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
+    """A trial for each seed, learning rate and attn_type. Seeds vary slowest, so that a comparison
+    stopped halfway has compared something. Raises UserError for values that no trial could use."""
     values = {}
     for key, plural in LISTS.items():
         if key in given:
-            raise UserError(f"{key} is one of a list here; pass --{plural}={given[key]}")
-        text = getattr(config, plural)
-        parts = [part.strip() for part in text.split(",")]
-        values[key] = [configurator.convert(Config, key, p, f"--{plural}={text}") for p in parts]
+            raise UserError(f"{key} is set by a list here; pass --{plural}={given[key]}")
+        option = f"--{plural}={getattr(config, plural)}"
+        parts = [part.strip() for part in getattr(config, plural).split(",")]
+        values[key] = [configurator.value_of_text(Config, key, part, option) for part in parts]
         if len(set(values[key])) < len(parts):
-            raise UserError(f"--{plural}={text} has a value twice; leave one of them out")
+            raise UserError(f"{option} has a value twice; leave one of them out")
     if 0 in values["learning_rate"]:
-        raise UserError(f"--learning_rates={config.learning_rates}: with 0 nothing is learnt")
-    ours = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
+        raise UserError(f"--learning_rates={config.learning_rates}: a rate of 0 learns nothing")
+    own_keys = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
     common = configurator.read_config_file(Config, config.base)
-    common.pop("min_lr", None)  # it is for one learning rate: here a tenth of each, unless given
-    common |= {key: value for key, value in given.items() if key not in ours}
-    runs = []
+    common.pop("min_lr", None)  # it suits one learning rate; here it is a tenth of each, or given
+    common |= {key: value for key, value in given.items() if key not in own_keys}
+    trials = []
     for seed, rate, attn_type in product(*(values[key] for key in reversed(LISTS))):
+        folder = Path(config.out_dir) / f"{attn_type}-lr{rate:g}-seed{seed}"
         settings = {**common, "attn_type": attn_type, "learning_rate": rate, "seed": seed}
-        settings["out_dir"] = str(Path(config.out_dir) / f"{attn_type}-lr{rate:g}-seed{seed}")
-        runs.append(Run(settings, Config(**settings)))
-        check(runs[-1].config)
+        settings["out_dir"] = str(folder)
+        trials.append(Trial(settings, Config(**settings)))
+        check(trials[-1].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
-    if runs[0].config.max_iters < 1:
+    if trials[0].config.max_iters < 1:
         raise UserError("max_iters=0 trains nothing to compare; pass at least 1")
-    if len({run.folder for run in runs}) < len(runs):
-        raise UserError(f"--learning_rates={config.learning_rates} differ by too little")
-    return runs
+    if len({trial.folder for trial in trials}) < len(trials):
+        problem = f"--learning_rates={config.learning_rates} has rates that differ by too little"
+        raise UserError(f"{problem}; leave one of them out")
+    return trials
 
 
 # ----------------------------------------------------------------------------
-# Training them
+# Training
 
 
 def visible_gpus(device: str | None) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be for one run; nothing if the runs share what they are told to
-    use."""
+    """CUDA_VISIBLE_DEVICES for one run after another; empty if `device` or the machine has none."""
     n = torch.cuda.device_count() if device in (None, "cuda") else 0
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n)))).split(",")
     return names[:n]
 
 
-def train_all(runs: list[Run], config: CompareConfig, lock) -> tuple[int, list[str]]:
-    """Train what is not done, some at a time. Returns the exit code, that of a signal or 0, and
-    what failed.
+def start_training(trial: Trial, slot: int, jobs: int, gpus: list[str], lock) -> subprocess.Popen:
+    """Start train.py on the slot's GPU, or on its share of the CPU's threads."""
+    environment = dict(os.environ)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    elif jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
+    with open(trial.output, "a" if trial.can_resume() else "w") as output:
+        # It holds the lock too: if this process is killed, no other comparison starts beside it
+        options = {"stdout": output, "stderr": output, "pass_fds": [lock.fileno()]}
+        return subprocess.Popen(trial.command(), env=environment, **options)
 
-    Whatever ends it, a signal or settings that can't be, the runs of that time stop too and save.
+
+def train_all(trials: list[Trial], config: CompareConfig, lock) -> tuple[int, list[str]]:
+    """Train the trials that are not done, `jobs` at a time. Returns an exit code, that of a signal
+    or 0, and a line for each failure.
+
+    Whatever ends this, a signal or an error, the trials that are running stop too, and save.
     """
-    gpus = visible_gpus(runs[0].config.device)
+    gpus = visible_gpus(trials[0].config.device)
     jobs = config.jobs or len(gpus) or 1
-    waiting = [run for run in runs if not run.is_done()]
+    waiting = [trial for trial in trials if not trial.is_done()]
     n, started = len(waiting), time.monotonic()
-    say(f"{len(runs)} runs in {config.out_dir}, {len(runs) - n} of them done; {jobs} at a time")
-    places, running, failed = list(range(jobs)), {}, []
+    say(f"{len(trials)} runs in {config.out_dir}, {len(trials) - n} of them done; {jobs} at a time")
+    free_slots, running, failures = list(range(jobs)), {}, []
     with Interrupt() as interrupt:
         try:
             while (waiting or running) and not interrupt.signal:
-                while waiting and places:
-                    run, place, env = waiting.pop(0), places.pop(0), dict(os.environ)
-                    if gpus:
-                        env["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-                    elif jobs > 1:
-                        env["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
-                    with open(run.output, "a" if run.resumes() else "w") as out:
-                        # They hold the lock too: if we are killed, no other starts beside them
-                        process = subprocess.Popen(
-                            run.command(), stdout=out, stderr=out, env=env, pass_fds=[lock.fileno()]
-                        )
-                    running[place] = run, process
+                while waiting and free_slots:
+                    trial, slot = waiting.pop(0), free_slots.pop(0)
+                    running[slot] = trial, start_training(trial, slot, jobs, gpus, lock)
                 time.sleep(0.05)
-                for place, (run, process) in list(running.items()):
+                for slot, (trial, process) in list(running.items()):
                     if process.poll() is None or interrupt.signal:
                         continue
-                    del running[place]
-                    places.append(place)
-                    told, is_result = conclude(run, process.returncode)
+                    del running[slot]
+                    free_slots.append(slot)
+                    outcome, is_result = conclude(trial, process.returncode)
                     if not is_result:
-                        failed.append(f"{run.title}: {told}")
+                        failures.append(f"{trial.title}: {outcome}")
                     left = len(waiting) + len(running)
                     seconds = (time.monotonic() - started) * left / (n - left)
-                    about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-                    say(f"{len(runs) - left} of {len(runs)}: {run.title}: {told}; {about} left")
-                    write_results(runs, config)
+                    eta = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+                    done = f"{len(trials) - left} of {len(trials)}"
+                    say(f"{done}: {trial.title}: {outcome}; {eta} left")
+                    write_results(trials, config)
         finally:
             for _, process in running.values():
                 process.send_signal(interrupt.signal or signal.SIGTERM)
             for _, process in running.values():
                 process.wait()
     if interrupt.signal:
-        say("stopped; the same command goes on")
-        return 128 + interrupt.signal, failed
-    return 0, failed
+        say("stopped; the same command goes on where it stopped")
+        return 128 + interrupt.signal, failures
+    return 0, failures
 
 
-def conclude(run: Run, code: int) -> tuple[str, bool]:
-    """What a run that has ended came to, in words, and whether that is a result. Raises UserError
-    for a mistake in the settings: then it did not begin."""
-    lines = run.output.read_text(encoding="utf-8", errors="replace").split("\n")
+def conclude(trial: Trial, code: int) -> tuple[str, bool]:
+    """The outcome of a process that ended with exit code `code`, and whether it is a result. Raises
+    UserError for a mistake in the settings, which kept training from beginning."""
+    lines = trial.output.read_text(encoding="utf-8", errors="replace").split("\n")
     errors = [line for line in lines if line.startswith("error: ")]  # warnings may follow it
-    said = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1]
-    said = said.removeprefix("error: ")
-    if code == 2 and re.match(r"step \d+ was not done", said):
-        (run.folder / DIVERGED).write_text(said + "\n", encoding="utf-8")
-        return f"diverged, {said.split(';')[0]}", True
-    if code == 2 and not (run.is_same() and run.rows()):
-        raise UserError(said)
-    if code or not run.is_whole():
-        return f"failed with exit code {code}: {said}; all it said is in {run.output}", False
-    return f"val loss {float(run.rows()[-1]['val_loss']):.4f}", True
+    message = (errors or [line for line in lines if line.strip()] or ["no output"])[-1]
+    message = message.removeprefix("error: ")
+    if code == 2 and re.match(r"step \d+ was not done", message):
+        (trial.folder / DIVERGED).write_text(message + "\n", encoding="utf-8")
+        return f"diverged, {message.split(';')[0]}", True
+    if code == 2 and not (trial.is_same() and trial.rows()):
+        raise UserError(message)
+    if code or not trial.is_complete():
+        return f"failed with exit code {code}: {message}; its output is in {trial.output}", False
+    return f"val loss {float(trial.rows()[-1]['val_loss']):.4f}", True
 
 
 # ----------------------------------------------------------------------------
-# What came of it
+# Results
 
 
-def write_results(runs: list[Run], config: CompareConfig) -> None:
-    """results.csv, a row for each run that is done, in the order of the lists, and report.md."""
+def write_results(trials: list[Trial], config: CompareConfig) -> None:
+    """Write results.csv, a row for each trial that is done, and report.md."""
     order = config.attn_types.replace(" ", "").split(",")
-    rows = [run.result() for run in runs if run.is_done()]
+    rows = [trial.result() for trial in trials if trial.is_done()]
     rows.sort(key=lambda row: (order.index(row["attn_type"]), row["learning_rate"]))
     if not rows:
         return
     folder = Path(config.out_dir)
-    temporary = folder / "results.csv.tmp"
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "results.csv") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, folder / "results.csv")
     command = f"python compare.py {shlex.join(sys.argv[1:])}"
-    text = report(plot.read_results(folder), runs, command)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    with whole_file(folder / "report.md") as file:
+        file.write(report(read_results(folder), trials, command))
 
 
-def table(rows: list[dict]) -> list[str]:
-    """Rows of text as a table in Markdown."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    """The mean, and the standard deviation if there are several values; '-' if there are none."""
+    text = f"{mean(values):{sign}.4f}" if values else "-"
+    return text + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean and standard deviation, the latter if there are several values."""
-    return f"{mean(values):{sign}.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def report(rows: list[dict], runs: list[Run], command: str) -> str:
-    """The comparison in Markdown, from the rows of results.csv."""
-    config, best = runs[0].config, plot.best_rates(rows)
-    types = list(dict.fromkeys(row["attn_type"] for row in rows))
+def best_rate_table(rows: list[dict]) -> str:
+    """A row for each attention, at its best learning rate."""
+    best, types = best_rates(rows), list(dict.fromkeys(row["attn_type"] for row in rows))
     rates = sorted({row["learning_rate"] for row in rows})
-    other = "SM" if "SM" in types else types[0]
-
-    def runs_at(attn_type: str, rate: float) -> list[dict]:
-        return [r for r in rows if (r["attn_type"], r["learning_rate"]) == (attn_type, rate)]
-
-    chosen = {attn_type: runs_at(attn_type, rate) for attn_type, rate in best.items()}
-    losses = {t: {r["seed"]: r["final_val_loss"] for r in chosen[t]} for t in best}
-
-    def summary(attn_type: str) -> dict:
-        mine = [row for row in rows if row["attn_type"] == attn_type]
-        cells = {"attention": attn_type, "val loss": "diverged", f"minus {other}'s": "-"}
-        cells |= dict.fromkeys(("ms/step", "tokens/s", "peak MiB", "best learning rate"), "-")
+    baseline = "SM" if "SM" in types else types[0]
+    baseline_runs = at_rate(rows, baseline, best.get(baseline))
+    baseline_losses = {run["seed"]: run["final_val_loss"] for run in baseline_runs}
+    heading = ["attention", "val loss", f"minus {baseline}'s", "ms/step", "tokens/s", "peak MiB"]
+    table = [[*heading, "best learning rate", "diverged"]]
+    for attn_type in types:
+        cells = ["diverged", *["-"] * 5]
         if attn_type in best:
-            rate, loss = best[attn_type], losses[attn_type]
-            cells["val loss"] = spread(list(loss.values()))
-            if attn_type != other and other in best:
-                pairs = [loss[s] - losses[other][s] for s in loss if s in losses[other]]
-                cells[f"minus {other}'s"] = spread(pairs, "+") if pairs else "-"
-            cells["ms/step"] = f"{median(r['ms_per_step'] for r in chosen[attn_type]):.1f}"
-            cells["tokens/s"] = f"{median(r['tokens_per_s'] for r in chosen[attn_type]):,.0f}"
-            peaks = [row["peak_mib"] for row in chosen[attn_type] if row["peak_mib"]]
-            cells["peak MiB"] = f"{max(peaks):,.0f}" if peaks else "n/a"
+            rate = best[attn_type]
+            runs = at_rate(rows, attn_type, rate)
+            losses = {run["seed"]: run["final_val_loss"] for run in runs}
+            pairs = [] if attn_type == baseline else losses.keys() & baseline_losses.keys()
+            peaks = [run["peak_mib"] for run in runs if run["peak_mib"]]
             at_edge = len(rates) > 1 and rate in (rates[0], rates[-1])
-            cells["best learning rate"] = f"{rate:g}" + "*" * at_edge
-        return cells | {"diverged": f"{sum(row['diverged'] for row in mine)} of {len(mine)}"}
+            cells = [
+                mean_and_spread([*losses.values()]),
+                mean_and_spread([losses[seed] - baseline_losses[seed] for seed in pairs], "+"),
+                f"{median(run['ms_per_step'] for run in runs):.1f}",
+                f"{median(run['tokens_per_s'] for run in runs):,.0f}",
+                f"{max(peaks):,.0f}" if peaks else "n/a",
+                f"{rate:g}" + "*" * at_edge,
+            ]
+        diverged = [row["diverged"] for row in rows if row["attn_type"] == attn_type]
+        table.append([attn_type, *cells, f"{sum(diverged)} of {len(diverged)}"])
+    return text_table(table, markdown=True)
 
-    def over_rates(attn_type: str) -> dict:
-        cells = {"attention": attn_type}
+
+def all_rates_table(rows: list[dict]) -> str:
+    """A row for each attention and a column for each learning rate."""
+    best, rates = best_rates(rows), sorted({row["learning_rate"] for row in rows})
+    table = [["attention", *(f"{rate:g}" for rate in rates)]]
+    for attn_type in dict.fromkeys(row["attn_type"] for row in rows):
+        table.append([attn_type])
         for rate in rates:
-            at = runs_at(attn_type, rate)
-            ended = [r["final_val_loss"] for r in at if not r["diverged"]]
-            text = spread(ended) if len(ended) == len(at) else f"{len(at) - len(ended)} diverged"
-            cells[f"{rate:g}"] = f"**{text}**" if rate == best.get(attn_type) else text
-        return cells
-
-    seeds = sorted({int(row["seed"]) for row in rows})
-    missing = len(runs) - len(rows)
-    return "\n".join(
-        [
-            f"# {len(types)} attentions compared",
-            "",
-            f"`{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} "
-            f"T{config.block_size}, data set {config.dataset}, {config.max_iters:,} steps of "
-            f"{tokens_per_step(config):,} tokens, seeds {', '.join(map(str, seeds))}; "
-            f"{machine(runs)}." + (f" {missing} of {len(runs)} runs are missing." * bool(missing)),
-            "",
-            "Runs of one seed see the same batches in the same order; all are evaluated on the "
-            f"same {config.eval_iters}. Losses are in nats per token, at the last step; ± is the "
-            "standard deviation over seeds, for differences that of the pairs of equal seed.",
-            "",
-            "## Each at its best learning rate",
-            "",
-            *table([summary(attn_type) for attn_type in types]),
-            "",
-            "The best has the lowest mean over seeds, none of which diverged; `*`: it is the "
-            "lowest or the highest that was tried, and a better one may lie beyond. Time is the "
-            "median over the log; memory is what the process (on a GPU: its tensors) took at most.",
-            "",
-            "## Over learning rates",
-            "",
-            *table([over_rates(attn_type) for attn_type in types]),
-            "",
-            *(f"![{title}]({name}.png)\n" for name, title in plot.COMPARISONS.items()),
-        ]
-    )
+            seeds = at_rate(rows, attn_type, rate)
+            losses = [row["final_val_loss"] for row in seeds if not row["diverged"]]
+            text = f"{len(seeds) - len(losses)} diverged"
+            if len(losses) == len(seeds):
+                text = mean_and_spread(losses)
+            table[-1].append(f"**{text}**" if rate == best.get(attn_type) else text)
+    return text_table(table, markdown=True)
 
 
-def machine(runs: list[Run]) -> str:
-    """On what the runs that are done ran, and of which commit the code was, each once."""
+def report(rows: list[dict], trials: list[Trial], command: str) -> str:
+    """The comparison in Markdown, from the rows of results.csv."""
+    config, missing = trials[0].config, len(trials) - len(rows)
+    n_types = len({row["attn_type"] for row in rows})
+    seeds = ", ".join(str(seed) for seed in sorted({int(row["seed"]) for row in rows}))
+    missing_runs = f" {missing} of {len(trials)} runs are missing." if missing else ""
+    pictures = "\n\n".join(f"![{title}]({name}.png)" for name, title in PICTURES.items())
+    return f"""# {n_types} attentions compared
+
+`{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} T{config.block_size}, data set \
+{config.dataset}, {config.max_iters:,} steps of {tokens_per_step(config):,} tokens, seeds {seeds}; \
+{machines(trials)}.{missing_runs}
+
+Runs with the same seed see the same batches in the same order, and every run is evaluated on the \
+same {config.eval_iters} batches. Losses are those of the last step, in nats per token. Values are \
+means over seeds, ± one standard deviation. Differences are taken seed by seed.
+
+## Each attention at its best learning rate
+
+{best_rate_table(rows)}
+
+The best learning rate has the lowest mean loss over seeds, among those at which no seed diverged. \
+`*` marks a best rate that is the lowest or the highest tried: a better one may lie beyond. Times \
+are medians over the log. Memory is the peak of the process or, on a GPU, of its tensors.
+
+## Every learning rate
+
+{all_rates_table(rows)}
+
+{pictures}
+"""
+
+
+def machines(trials: list[Trial]) -> str:
+    """The machines on which the trials were trained, and the commits of the code, each once."""
     kinds, commits = {}, {}  # sets that keep their order
-    for found in (run.found() for run in runs if run.is_done()):
-        compiled = "compiled, " if found["compile"] else ""
-        kinds[f"{found['device_name']}, {found['dtype']}, {compiled}torch {found['torch']}"] = None
-        if found["commit"]:
-            commits[f"commit {found['commit']}"] = None
+    for environment in (trial.environment() for trial in trials if trial.is_done()):
+        compiled = "compiled, " if environment["compile"] else ""
+        kind = f"{environment['device_name']}, {environment['dtype']}, {compiled}torch "
+        kinds[kind + environment["torch"]] = None
+        if environment["commit"]:
+            commits[f"commit {environment['commit']}"] = None
     return "; ".join([*kinds, *commits])
 
 
 def main() -> None:
     given = configurator.parse(CompareConfig, sys.argv[1:])
     config = CompareConfig(**given)
-    runs = make_runs(given, config)
-    # Here, so that what is wrong is told at once, and runs side by side don't all prepare pydocs
-    data = open_data(runs[0].config, Runtime("cpu", "float32", False))
-    data.check_length(runs[0].config.block_size)
-    for run in runs:
-        run.data = data.fingerprint()
+    trials = make_trials(given, config)
+    # Here, so that mistakes are reported at once, and trials side by side don't all prepare pydocs
+    data = open_data(trials[0].config, Runtime("cpu", "float32", False))
+    data.check_length(trials[0].config.block_size)
+    for trial in trials:
+        trial.data = data.fingerprint()
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -390,26 +396,24 @@ def main() -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                told = f"{folder} is in use by another compare.py, or a train.py that it started"
-                raise UserError(f"{told}; wait for it, or choose another --out_dir") from error
-            code, failed = train_all(runs, config, lock)
-            write_results(runs, config)
+                problem = f"{folder} is in use by another compare.py, or a train.py that it started"
+                raise UserError(f"{problem}; wait for it, or choose another --out_dir") from error
+            code, failures = train_all(trials, config, lock)
+            write_results(trials, config)
             if code:
                 sys.exit(code)
-            if any(run.is_done() for run in runs):
-                plot.plot_compare([config.out_dir], folder)
+            if any(trial.is_done() for trial in trials):
+                draw_comparison(folder, folder)
     except OSError as error:
-        told = f"{error.filename or folder} can't be written ({error.strerror})"
-        raise UserError(f"{told}; make room, or choose another --out_dir") from error
+        problem = f"{error.filename or folder} can't be written ({error.strerror})"
+        raise UserError(f"{problem}; make room, or choose another --out_dir") from error
     except ImportError as error:
         raise UserError(f"no pictures: {error}; pip install matplotlib") from error
     if (folder / "report.md").exists():
         say(f"the report is {folder / 'report.md'}")
-    if failed:
-        raise UserError(
-            f"{len(failed)} failed and have no row, {failed[0]}; try them again with "
-            "the same command"
-        )
+    if failures:
+        problem = f"{len(failures)} failed and have no row, {failures[0]}"
+        raise UserError(f"{problem}; the same command tries them again")
 
 
 if __name__ == "__main__":

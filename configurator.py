@@ -22,6 +22,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -89,8 +90,7 @@ def parse(Config: type, argv: list[str]) -> dict:
         key, text = match.groups()
         if text is None and typing.get_type_hints(Config).get(key, bool) is not bool:
             raise UserError(f"{arg} has no value; write {arg}=VALUE")
-        text = "true" if text is None else text
-        values[key] = convert(Config, key, parse_text(Config, key, text, arg), arg)
+        values[key] = value_of_text(Config, key, "true" if text is None else text, arg)
     check_rules(values)
     return values
 
@@ -135,23 +135,25 @@ def types_of(Config: type, key: str, source: str) -> tuple:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def parse_text(Config: type, key: str, text: str, source: str) -> object:
-    """The value that `text` means for `key`, or the text itself if it means none.
+def value_of_text(Config: type, key: str, text: str, source: str) -> object:
+    """The value of `key` that `text`, as of the command line, stands for.
 
-    'none' and 'auto', in any case, mean None for the keys that may be None.
+    'none' and 'auto', in any case, mean None for the keys that may be None. Raises UserError as
+    `convert` does.
     """
-    kinds = types_of(Config, key, source)
+    kinds, value = types_of(Config, key, source), text
     if type(None) in kinds and text.lower() in ("none", "auto"):
         return None
     if bool in kinds:
-        return {"true": True, "false": False}.get(text.strip().lower(), text)
-    for kind in (kind for kind in (int, float) if kind in kinds):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    is_path = key.endswith("_dir") or key in ("init_from", "teacher", "to", "out")
-    return os.path.expanduser(text) if is_path else text  # bash keeps the ~ of --key=~/folder
+        value = {"true": True, "false": False}.get(text.strip().lower(), text)
+    for kind in (int, float):
+        if kind in kinds:
+            with suppress(ValueError):
+                value = kind(text)
+                break
+    if key.endswith("_dir") or key in ("init_from", "teacher", "to", "out"):
+        value = os.path.expanduser(text)  # bash leaves the ~ of --key=~/folder alone
+    return convert(Config, key, value, source)
 
 
 def convert(Config: type, key: str, value: object, source: str) -> object:

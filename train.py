@@ -357,7 +357,9 @@ def main() -> None:
         runtime.session(config.device, config.dtype, config.compile, config.backend) as rt,
         ExitStack() as stack,
     ):
-        sys.exit(train(given, rt, stack))
+        code = train(given, rt, stack)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

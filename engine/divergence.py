@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,69 +20,68 @@ from model import GPT, parse_attn_type
 
 
 def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> str | None:
-    """One line on the first of `batches` (inputs and targets, (B, T) each) that is not finite.
+    """One line about the first of `batches` (inputs and targets, (B, T) each) whose loss or
+    gradient is not finite; None if all are.
 
-    `model` is the plain one, neither compiled nor under DDP; its gradients are lost. For GKpoly-n
-    the line says how far its scores x left the range where it follows exp. None if all is finite.
+    `model` must be the plain model, neither compiled nor under DDP; its gradients are lost. For
+    GKpoly-n the line says how far the scores x left the range in which GKpoly-n follows exp.
     """
     for name, weight in model.named_parameters():
-        if not finite(weight):
+        if not finite([weight]):
             return f"it began in the weights {name}"
     for x, y in batches:
-        if (name := origin(model, x, y, rt)) is not None:
+        if (name := first_origin(model, x, y, rt)) is not None:
             return f"it began in {name}{polynomial_range(model, x, rt)}"
     return None
 
 
-def finite(*tensors: Tensor | None) -> bool:
-    return all(t is None or not t.is_floating_point() or t.isfinite().all() for t in tensors)
+def finite(values: Iterable) -> bool:
+    """Whether all floating-point tensors among the values are finite."""
+    tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
-def origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
-    found = []
+def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
+    """The first module, or weight's gradient, that is not finite though its inputs are."""
+    origins = []  # in the order of computation
 
-    def forward_hook(name):
-        def look(module, inputs, output):
-            outputs = output if isinstance(output, tuple) else (output,)
-            if not found and finite(*filter(torch.is_tensor, inputs)) and not finite(*outputs):
-                found.append(readable(name))
+    def check(name, module, inputs, outputs):
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not origins and finite(inputs) and not finite(outputs):
+            origins.append(name)
 
-        return look
-
-    def backward_hook(name):
-        def look(module, grad_input, grad_output):
-            if not found and finite(*grad_output) and not finite(*grad_input):
-                found.append(f"the gradient of {readable(name)}")
-
-        return look
+    def check_gradient(name, module, grad_input, grad_output):
+        check(f"the gradient of {name}", module, grad_output, grad_input)
 
     embeddings = ("transformer.w", "transformer.drop")  # a backward hook needs an input's gradient
     handles = []
     for name, module in model.named_modules():
         if name in ("", "transformer", "transformer.h") or name.startswith(embeddings):
             continue
-        handles.append(module.register_forward_hook(forward_hook(name)))
-        handles.append(module.register_full_backward_hook(backward_hook(name)))
+        handles.append(module.register_forward_hook(partial(check, readable(name))))
+        handles.append(module.register_full_backward_hook(partial(check_gradient, readable(name))))
     model.zero_grad()
     embedding = model.transformer.wte.weight
     frozen = not embedding.requires_grad
-    embedding.requires_grad_(True)  # or the first layer's input would have no gradient to look at
+    embedding.requires_grad_(True)  # else the first layer's input would have no gradient to check
     try:
         with rt.autocast():
             loss = model(x, y)[1]
-        if not found and not finite(loss):
-            found.append("the loss itself")
-        if not found:
+        if not origins and not finite([loss]):
+            origins.append("the loss itself")
+        if not origins:
             loss.backward()
     finally:
         embedding.requires_grad_(not frozen)
         for handle in handles:
             handle.remove()
-    for name, weight in model.named_parameters():
-        if not found and not finite(weight.grad):
-            found.append(f"the gradient of {readable(name)}")
+    origins += [
+        f"the gradient of {readable(name)}"
+        for name, weight in model.named_parameters()
+        if not finite([weight.grad])
+    ]
     model.zero_grad()
-    return found[0] if found else None
+    return origins[0] if origins else None
 
 
 def readable(name: str) -> str:
@@ -91,22 +91,21 @@ def readable(name: str) -> str:
 
 
 def polynomial_range(model: GPT, x: Tensor, rt) -> str:
-    """How far below -2^(n+1) the scores of GKpoly-n are, and in which layer; '' for others."""
-    name = model.config.attn_type
-    if (n := ranges.squarings(name)) is None:
+    """How far the scores of GKpoly-n fall below its range, and in which layer; '' for others."""
+    attn_type = model.config.attn_type
+    if (n := ranges.squarings(attn_type)) is None:
         return ""
-    lowest, end = [], ranges.range_end(n)
 
-    def look(q, k):
-        blocks = ranges.row_blocks(q, k, parse_attn_type(name))
-        lowest.append(torch.stack([x[:, causal].min() for x, causal in blocks]).min().item())
+    def lowest_score(q, k):
+        blocks = ranges.row_blocks(q, k, parse_attn_type(attn_type))
+        return torch.stack([x[:, causal].min() for x, causal in blocks]).min().item()
 
-    ranges.each_layer(model, x, rt, look)
-    # Layers behind the first that left the range compute with its damage
-    layer = next((i for i, value in enumerate(lowest) if not value >= end), None)
-    if layer is None:
-        return f"; all x are in the range of {name}, {end} to 0"
-    return f"; x fell to {lowest[layer]:.4g} in layer {layer}, and {name} needs {end} or more"
+    end = ranges.range_end(n)
+    # The first layer, as those behind it compute with its damage
+    for layer, lowest in enumerate(ranges.each_layer(model, x, rt, lowest_score)):
+        if not lowest >= end:  # or NaN
+            return f"; x fell to {lowest:.4g} in layer {layer}, and {attn_type} needs {end} or more"
+    return f"; all x are in the range of {attn_type}, {end} to 0"
 
 
 def explain(model: GPT, load: Callable, step: int, config, rt) -> str:

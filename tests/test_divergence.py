@@ -40,9 +40,9 @@ def test_weights_come_first():
 def test_a_layer_and_the_range_of_the_polynomial_are_named():
     model, x = tiny("GKpoly-4")
     scale(model.transformer.h[1].attn.c_attn.weight[:32], 3e3)
-    told = where_it_began(model, [(x, x)], RT)
-    assert told.startswith("it began in attn of layer 1; x fell to -")
-    assert told.endswith("in layer 1, and GKpoly-4 needs -32 or more")
+    message = where_it_began(model, [(x, x)], RT)
+    assert message.startswith("it began in attn of layer 1; x fell to -")
+    assert message.endswith("in layer 1, and GKpoly-4 needs -32 or more")
 
 
 def test_of_several_micro_steps_the_bad_one_is_found():
@@ -71,5 +71,5 @@ def test_a_gradient_is_named_when_the_loss_is_finite(monkeypatch, layer):
     attn = model.transformer.h[layer].attn
     attend = attn.attend
     attn.attend = lambda q, k, v, *_: attend(Bad.apply(q), k, v)
-    told = where_it_began(model, [(x, x)], RT)
-    assert told == f"it began in the gradient of attn of layer {layer}"
+    message = where_it_began(model, [(x, x)], RT)
+    assert message == f"it began in the gradient of attn of layer {layer}"

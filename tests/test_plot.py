@@ -1,45 +1,45 @@
-"""plot.py: pictures from what train.py and bench.py wrote, and from nothing else."""
+"""plot.py and the modules that draw for it: pictures of what train.py and compare.py wrote."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import TINY, Failed, subprocess_run
+from conftest import Failed, subprocess_run
 
-import plot
 import train
+from engine import pictures
+from engine.comparison import draw_comparison
+
+pytest.importorskip("matplotlib")
 
 
-def test_the_losses_of_runs_are_drawn(run, run_train, tmp_path):
-    pytest.importorskip("matplotlib")
-    for attn_type in ("SM", "GK"):
-        run_train(f"--out_dir={attn_type}", f"--attn_type={attn_type}")
-    run("plot", "loss", "SM", "GK", "--to=pictures")
+def write_run(folder, attn_type, log):
+    """The folder of a run, with a log of (tokens, val_loss)."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"attn_type": attn_type}))
+    lines = ["tokens,train_loss,val_loss", *(f"{tokens},,{loss}" for tokens, loss in log)]
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_losses_are_drawn_and_the_tokens_to_the_first_ones_loss_printed(run, tmp_path):
+    write_run(tmp_path / "a", "SM", [(0, 4.0), (100, 2.0), (200, 1.5)])
+    write_run(tmp_path / "b", "SM", [(0, 4.0), (50, 2.0), (150, 1.4)])
+    write_run(tmp_path / "c", "GK", [(0, 4.0), (900, 1.6)])
+    out = run("plot", "loss", "a", "b", "c", "--to=pictures")
+    goal = "the final validation loss of a (1.5000 after 200 tokens)"
+    assert f"b reaches {goal} after 150 tokens, 0.75 times as many" in out
+    assert f"c does not reach {goal}" in out
     assert (tmp_path / "pictures" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    svg = (tmp_path / "pictures" / "loss.svg").read_text()
-    assert "<svg" in svg
-
-
-def test_of_several_runs_it_is_told_when_they_come_to_the_first_ones_loss(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    logs = {"a": [(0, 4.0), (100, 2.0), (200, 1.5)], "b": [(0, 4.0), (50, 2.0), (150, 1.4)]}
-    logs["c"] = [(0, 4.0), (900, 1.6)]
-    for name, points in logs.items():
-        (tmp_path / name).mkdir()
-        lines = ["tokens,train_loss,val_loss", *(f"{t},,{loss}" for t, loss in points)]
-        (tmp_path / name / "log.csv").write_text("\n".join(lines) + "\n")
-        (tmp_path / name / "config.json").write_text('{"attn_type": "SM"}')
-    out = run("plot", "loss", "a", "b", "c")
-    assert "b comes to the 1.5000 that a has after 200 tokens after 150, 0.75 of them" in out
-    assert "c does not come to the 1.5000 that a has" in out
+    assert "<svg" in (tmp_path / "pictures" / "loss.svg").read_text()
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What plot.py draws, by name, instead of files."""
-    pytest.importorskip("matplotlib")
+    """The figures by name, instead of files."""
     drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, to, name: drawn.update({name: figure}))
+    keep = lambda figure, path, **_: drawn.update({Path(path).stem: figure})
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
     return drawn
 
 
@@ -56,7 +56,7 @@ def test_a_comparison_is_drawn_as_means_and_bands_at_the_best_rates(figures, tmp
             log = "\n".join(["tokens,seconds,val_loss", *rows])
             (tmp_path / name / "log.csv").write_text(log + "\n")
     (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
-    plot.plot_compare([tmp_path], tmp_path)
+    draw_comparison(tmp_path, tmp_path)
 
     def curves(name):
         (axis,) = figures[name].axes
@@ -66,7 +66,7 @@ def test_a_comparison_is_drawn_as_means_and_bands_at_the_best_rates(figures, tmp
 
     (sm, gk), bands = curves("compare-tokens")
     assert sm == ("black", [1, 2], pytest.approx([3.5, 2.1]))
-    assert gk == (plot.COLOURS[0], [1, 2], pytest.approx([5, 2.7]))
+    assert gk == (pictures.COLOURS[0], [1, 2], pytest.approx([5, 2.7]))
     assert bands == [[2.0, 2.2, 3, 4], [2.5, 2.9, 5]]
     (sm, gk), bands = curves("compare-rates")
     assert sm == ("black", [1e-3, 1e-2], pytest.approx([2.1, 3])) and gk[2] == [2.7]
@@ -74,69 +74,61 @@ def test_a_comparison_is_drawn_as_means_and_bands_at_the_best_rates(figures, tmp
 
 def test_runs_of_a_picture_can_be_told_apart(figures, tmp_path):
     for i, attn_type in enumerate(["SM"] * 5 + ["GK"]):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "log.csv").write_text("tokens,train_loss,val_loss\n0,,4\n9,,3\n")
-        (tmp_path / str(i) / "config.json").write_text(json.dumps({"attn_type": attn_type}))
+        write_run(tmp_path / str(i), attn_type, [(0, 4), (9, 3)])
 
     def looks(*names):
-        plot.plot_loss([tmp_path / name for name in names], tmp_path)
+        pictures.draw_losses([tmp_path / name for name in names], tmp_path)
         lines = figures["loss"].axes[0].lines
         return [(a.get_color(), a.get_linestyle()) for a in lines if a.get_marker() == "o"]
 
     assert len(set(looks(*"01234"))) == 5
-    assert looks(*"015") == [("black", "-"), ("black", "--"), (plot.COLOURS[0], "-")]
+    assert looks(*"015") == [("black", "-"), ("black", "--"), (pictures.COLOURS[0], "-")]
 
 
-def test_the_tables_of_bench_are_written_as_json_and_drawn(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    args = [*TINY, "--vocab_size=11", "--steps=1", "--warmup=0", "--min_T=16", "--max_T=64"]
-    out = run("bench", *args, "--attn_types=SM,GK", "--table=all", "--out=bench.json")
-    results = json.loads((tmp_path / "bench.json").read_text())
-    assert [(r["attn_type"], r["impl"], r["T"]) for r in results["attention"]] == [
-        (attn_type, impl, T)
-        for T in (16, 64)
-        for attn_type, impl in (("SM", "SDPA"), ("GK", "blockwise"), ("GK", "reference"))
-    ]
-    assert [r["attn_type"] for r in results["types"]] == ["SM", "GK"]
-    assert [r["T"] for r in results["lengths"]] == [16, 16, 64, 64]
-    assert all(r["tokens_per_s"] > 0 for r in results["types"] + results["lengths"])
-    assert "attention, L2" in out and "times_SDPA" in out
-    run("plot", "bench", "bench.json")
-    for name in ("attention", "types", "lengths"):
-        assert (tmp_path / f"bench-{name}.png").exists()
-
-
-@pytest.mark.parametrize("attn_type", ["SM", "GK", "GKpoly-1", "PA_tanh"])
-def test_what_attention_computes_with_is_drawn(run, run_train, tmp_path, attn_type):
-    pytest.importorskip("matplotlib")
-    run_train("--out_dir=run", f"--attn_type={attn_type}", "--stats_interval=2")
+def draw_what_attention_computes_with(run, run_train, attn_type):
+    run_train("--out_dir=run", f"--attn_type={attn_type}", "--stats_interval=1", "--max_iters=2")
     run("plot", "ranges", "run", "--to=pictures")
     run("plot", "attention", "run", "--start=the cat sat", "--to=pictures")
     run("plot", "kernel", "GKpoly-4", "PA_relu", "--run=run", "--to=pictures")
+
+
+@pytest.mark.parametrize("attn_type", ["SM", "GKpoly-1"])
+def test_what_attention_computes_with_is_drawn(run, run_train, tmp_path, attn_type):
+    draw_what_attention_computes_with(run, run_train, attn_type)
     for name in ("ranges", "attention-0", "attention-1", "kernel"):
         assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<path" in (tmp_path / "pictures" / f"{name}.svg").read_text()
 
 
+@pytest.mark.parametrize("attn_type, has_negative_weights", [("GK", False), ("PA_tanh", True)])
+def test_weights_have_a_scale_of_their_own(
+    run, run_train, figures, attn_type, has_negative_weights
+):
+    draw_what_attention_computes_with(run, run_train, attn_type)
+    assert figures.keys() == {"ranges", "attention-0", "attention-1", "kernel"}
+    assert len(figures["ranges"].axes) == 4  # two layers, largest |A|, sums of rows
+    norm = figures["attention-0"].axes[0].images[0].norm
+    assert norm.vmin == -norm.vmax if has_negative_weights else norm.vmin > 0
+
+
 def test_a_run_of_some_length_leaves_its_pictures(run_train, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(train, "DRAWN_FROM", 4)
-    args = ["--stats_interval=2", "--attn_type=GK"]
+    monkeypatch.setattr(train, "PICTURES_FROM", 4)
+    args = ["--stats_interval=2", "--attn_type=GK", "--n_layer=1"]
     run_train("--out_dir=short", *args, "--max_iters=3")
     run_train("--out_dir=long", *args)
     run_train("--out_dir=without", *args, "--plot=False")
-    pictures = {path.parent.name + "/" + path.name for path in tmp_path.glob("*/*.png")}
-    assert pictures == {"long/loss.png", "long/ranges.png"}
+    drawn = {path.parent.name + "/" + path.name for path in tmp_path.glob("*/*.png")}
+    assert drawn == {"long/loss.png", "long/ranges.png"}
 
 
 def test_a_run_does_not_depend_on_its_pictures(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "DRAWN_FROM", 4)
+    monkeypatch.setattr(train, "PICTURES_FROM", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "pictures", lambda folder: 1 / 0)
-        assert "division by zero" in run_train("--out_dir=a")
+        patch.setattr(pictures, "draw_losses", lambda *_: 1 / 0)
+        assert "division by zero" in run_train("--out_dir=a", "--n_layer=1")
     for name in ("matplotlib", "matplotlib.pyplot"):  # not installed: no word of it
         monkeypatch.setitem(sys.modules, name, None)
-    assert "summed up" not in run_train("--out_dir=b")
+    assert "summed up" not in run_train("--out_dir=b", "--n_layer=1")
     assert not list(tmp_path.glob("*/*.png"))
 
 
@@ -146,39 +138,32 @@ def test_training_imports_no_matplotlib():
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["loss"], "python plot.py"),
+        (["loss", "x", "--start=a"], "unknown option --start; plot.py loss knows --to"),
         (["pie", "x"], "python plot.py"),
         (["loss", "nowhere"], "nowhere is not the folder of a run"),
         (["compare", "nowhere"], "nowhere is not the folder of a comparison"),
-        (["bench", "nothing.json"], "nothing.json is no file of bench.py"),
+        (["bench", "nothing.json"], "nothing.json was not written by bench.py"),
         (["ranges", "nowhere"], "nowhere has no stats.csv; train with --stats_interval=N"),
         (["attention", "nowhere"], 'python plot.py attention OUT --start="Some text"'),
         (["attention", "nowhere", "--start=a"], "nowhere"),
-        (["attention", "a", "b", "--start=a"], "'a b' should be 1 name"),
+        (["attention", "a", "b", "--start=a"], "attention takes one name, not 2: a b"),
         (["kernel", "GKpoly"], "attn_type='GKpoly' is not known"),
-        (["kernel", "SM"], "SM is no pointwise function"),
+        (["kernel", "SM"], "SM is not a pointwise function"),
         (["kernel", "GK", "--min=x"], "could not convert"),
         (["kernel", "GK", "--min=1", "--max=0"], "are no range"),
         (["kernel", "GK", "--min=1", "--max=5"], "are no range"),
         (["kernel", "GK", "--min=-inf"], "are no range"),
         (["kernel", "GK", "--to=/dev/null/x"], "choose another folder with --to="),
-        (["kernel", "GK", "--low=1"], "unknown option --low; there is --to=..., --min=..."),
+        (["kernel", "GK", "--low=1"], "unknown option --low; plot.py kernel knows --to=..., --min"),
     ],
 )
-def test_what_can_not_be_drawn_is_one_line(run, args, said):
-    with pytest.raises(Failed, match=said) as failed:
+def test_what_can_not_be_drawn_is_one_line(run, args, message):
+    with pytest.raises(Failed, match=message) as failed:
         run("plot", *args)
     assert failed.value.code == 2
-
-
-@pytest.mark.parametrize(
-    "args, said", [(["--table=all_"], "attention, types, lengths"), (["--attn_types=SM,gk"], "gk")]
-)
-def test_tables_that_bench_has_not_are_refused(run, args, said):
-    with pytest.raises(Failed, match=said):
-        run("bench", *args)
 
 
 def test_plot_tells_what_it_can_do(run):

@@ -1,8 +1,12 @@
 """engine/runlog.py: rows, trackers, and what a resume drops."""
 
 import sys
+from types import SimpleNamespace
 
+import pytest
 from conftest import log_rows as rows
+
+import train
 
 
 def test_resuming_drops_the_rows_after_the_checkpoint(run_train, tmp_path):
@@ -26,27 +30,74 @@ def test_a_log_with_odd_bytes_and_a_missing_wandb_stop_nothing(run_train, tmp_pa
     assert [row["step"] for row in rows(tmp_path / "run")] == ["0", "1", "2", "3", "4"]
 
 
-def test_wandb_gets_the_rows_of_the_log(run_train, tmp_path, monkeypatch):
+def fake_wandb(monkeypatch, **methods):
+    """A wandb whose run keeps what it is given; `methods` take the place of its own."""
+    logged = []
+    run = SimpleNamespace(
+        id="run-7",
+        log=lambda row, step: logged.append((step, row)),
+        finish=lambda: logged.append("finished"),
+    )
+    vars(run).update(methods)
+    init = lambda **options: logged.append(options) or run
+    fake = SimpleNamespace(init=init, Image=lambda path: path, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return logged
+
+
+def test_wandb_gets_the_ranges_of_layers_and_the_pictures(run_train, monkeypatch):
+    pytest.importorskip("matplotlib")
+    logged = fake_wandb(monkeypatch)
+    monkeypatch.setattr(train, "PICTURES_FROM", 4)
+    run_train("--out_dir=run", "--wandb_log=True", "--stats_interval=4")
+    names = set().union(*(row for _, row in logged[1:-1]))
+    measured = ("x_min", "x_max", "A_max", "entropy")
+    assert {f"{name}/layer{i}" for name in measured for i in (0, 1)} <= names
+    assert {"train_loss", "loss", "ranges"} <= names and logged[-1] == "finished"
+
+
+@pytest.mark.parametrize("name", ["log", "finish"])
+def test_a_wandb_that_fails_is_named_once_and_stops_nothing(run_train, tmp_path, monkeypatch, name):
+    def fail(*args, **kwargs):
+        raise OSError("the server is on fire")
+
+    fake_wandb(monkeypatch, **{name: fail})
+    out = run_train("--out_dir=run", "--wandb_log=True", "--n_layer=1")
+    assert out.count("wandb is off: the server is on fire") == 1
+    assert len(rows(tmp_path / "run")) == 5
+
+
+def test_tensorboard_gets_the_same_or_is_off(run_train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = run_train("--out_dir=run", "--tensorboard_log=True")
+    assert out.count("tensorboard is off") == 1
     logged = []
 
-    class FakeRun:
-        id = "run-7"
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            logged.append((folder, purge_step))
 
-        def log(self, row, step):
-            logged.append((step, row))
+        def add_scalar(self, name, number, step):
+            logged.append((name, step))
 
-        def finish(self):
-            logged.append("finished")
+        def close(self):
+            logged.append("closed")
 
-    fake = type(sys)("wandb")
-    fake.Settings = dict
-    fake.init = lambda **options: logged.append(options) or FakeRun()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run_train("--out_dir=run", "--tensorboard_log=True", "--stats_interval=4")
+    assert logged[0] == (tmp_path / "run" / "tensorboard", None) and logged[-1] == "closed"
+    assert {("train_loss", 3), ("val_loss", 4), ("x_min/layer1", 4)} <= set(logged[1:-1])
+
+
+def test_wandb_gets_the_rows_of_the_log_and_a_resume_goes_on_with_its_page(run_train, monkeypatch):
+    logged = fake_wandb(monkeypatch)
     run_train("--out_dir=run", "--wandb_log=True", "--wandb_project=p", "--eval_interval=2")
-    assert (logged[0]["project"], logged[0]["name"], logged[0]["id"]) == ("p", "run", None)
-    assert [step for step, _ in logged[1:-1]] == [0, 1, 2, 3, 4] and logged[-1] == "finished"
-    assert "val_loss" in logged[-2][1]
-    logged.clear()  # a resumed run goes on with its own page
-    args = ["--init_from=resume", "--max_iters=5", "--lr_decay_iters=4"]
-    run_train("--out_dir=run", "--wandb_log=True", *args)
+    options, *steps, last, end = logged
+    assert (options["project"], options["name"], options["id"]) == ("p", "run", None)
+    assert [step for step, _ in (*steps, last)] == [0, 1, 2, 3, 4] and end == "finished"
+    assert "val_loss" in last[1]
+    logged.clear()
+    more = ["--init_from=resume", "--max_iters=5", "--lr_decay_iters=4"]
+    run_train("--out_dir=run", "--wandb_log=True", *more)
     assert logged[0]["id"] == "run-7" and logged[0]["resume"] == "allow"

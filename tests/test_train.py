@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import EVERY_ATTN_TYPE, ROOT, TINY, Failed, subprocess_run
+from conftest import EVERY_ATTN_TYPE, ROOT, Failed, subprocess_run
 from conftest import log_rows as rows
 
 import train
@@ -328,46 +328,3 @@ def test_wsd_is_constant_until_its_last_fifth():
     assert [learning_rate(s, config) for s in (17, 18, 19, 20)] == pytest.approx(
         [18 / 19, 1.0, 0.6, 0.2]
     )
-
-
-def test_bench_times_the_training_step_on_synthetic_and_on_real_data(run, data_dir):
-    args = [*TINY, "--attn_type=GK", "--vocab_size=11", "--steps=2", "--warmup=1"]
-    synthetic = run("bench", *args)
-    assert "training step, L2 H2 C16 V11" in synthetic
-    assert re.search(r"GK +blockwise +16 +4 +[\d.,]+ +1 +[\d,.]+ +n/a", synthetic)
-    real = run("bench", *args, "--real_data=True", "--dataset=abc", f"--data_dir={data_dir}")
-    assert "training step, L2 H2 C16 V" in real and "V11" not in real
-
-
-def test_bench_measures_nanogpt_beside_ours(run, tmp_path):
-    """A stand-in with nanoGPT's interface: it prints, and forward knows only idx and targets."""
-    (tmp_path / "nano").mkdir()
-    (tmp_path / "nano" / "model.py").write_text(
-        "import model\n"
-        "class GPTConfig(model.GPTConfig): pass\n"
-        "class GPT(model.GPT):\n"
-        "    def __init__(self, config): super().__init__(config); print('number of parameters')\n"
-        "    def forward(self, idx, targets): return super().forward(idx, targets)\n"
-    )
-    args = [*TINY, "--vocab_size=11", "--steps=1", "--warmup=0", f"--nanogpt={tmp_path / 'nano'}"]
-    out = run("bench", *args, "--attn_type=GK")
-    assert re.search(r"nanoGPT .*\n +GK +blockwise", out) and "parameters" not in out
-    with pytest.raises(Failed, match="no clone of nanoGPT"):
-        run("bench", *args, f"--nanogpt={tmp_path}")
-    (tmp_path / "nano" / "model.py").write_text("import nothing_that_is_there\n")
-    with pytest.raises(Failed, match="nanoGPT's process ended"):
-        run("bench", *args)
-
-
-def test_bench_profiles_the_training_step(run, tmp_path):
-    out = run("bench", *TINY, "--vocab_size=11", "--steps=1", "--profile", "--out_dir=prof")
-    assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000
-
-
-def test_bench_measures_two_ranks_step_by_step(tmp_path):
-    """Ranks that made as many calls as fit into a turn each would wait for each other forever."""
-    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "bench.py"]
-    args += [*TINY, "--vocab_size=11", "--gradient_accumulation_steps=2", "--table=types"]
-    done = subprocess_run(*args, "--attn_types=SM,GK", "--steps=20", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"SM +SDPA .*\n +GK +blockwise", done.stdout)

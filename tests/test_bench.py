@@ -1,0 +1,84 @@
+"""bench.py: the step of train.py is timed beside others, and tables are printed, written, drawn."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, TINY, Failed, subprocess_run
+
+SMALL = [*TINY, "--n_layer=1", "--vocab_size=11", "--steps=1", "--warmup=0"]
+
+
+def test_the_training_step_is_timed_on_synthetic_and_on_real_data(run, data_dir):
+    synthetic = run("bench", *SMALL, "--attn_type=GK")
+    assert "training step, L1 H2 C16 V11" in synthetic
+    assert re.search(r"GK +blockwise +16 +4 +[\d.,]+ +1 +[\d,.]+ +n/a", synthetic)
+    real = run("bench", *SMALL, "--real_data=True", "--dataset=abc", f"--data_dir={data_dir}")
+    assert "training step, L1 H2 C16 V" in real and "V11" not in real
+
+
+def test_the_tables_are_written_as_json_and_drawn(run, tmp_path):
+    args = ["--min_T=16", "--max_T=64", "--max_new_tokens=4", "--num_samples=2"]
+    out = run("bench", *SMALL, *args, "--attn_types=SM,GK", "--table=all", "--out=bench.json")
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [(r["attn_type"], r["impl"], r["T"]) for r in results["attention"]] == [
+        (attn_type, impl, T)
+        for T in (16, 64)
+        for attn_type, impl in (("SM", "SDPA"), ("GK", "blockwise"), ("GK", "reference"))
+    ]
+    assert [r["attn_type"] for r in results["types"]] == ["SM", "GK"]
+    assert [r["T"] for r in results["lengths"]] == [16, 16, 64, 64]
+    assert [r["samples"] for r in results["sampling"]] == [1, 2, 1, 2]
+    rows = results["types"] + results["lengths"] + results["sampling"]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert "attention, L1" in out and "times_SDPA" in out
+    pytest.importorskip("matplotlib")
+    run("plot", "bench", "bench.json")
+    for name in ("attention", "types", "lengths"):
+        assert (tmp_path / f"bench-{name}.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("--table=all_", "table=all_ is none of step, attention, types, lengths"),
+        ("--attn_types=SM,gk", "attn_type='gk'"),
+        ("--nanogpt=.", "no clone of nanoGPT"),
+        ("--out=no/such.json", "is in a folder that is not there"),
+    ],
+)
+def test_what_can_not_be_measured_is_one_line(run, arg, message):
+    with pytest.raises(Failed, match=message) as failed:
+        run("bench", *SMALL, arg)
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+def test_nanogpt_is_measured_beside_this_project(run, tmp_path):
+    """A stand-in with nanoGPT's interface: it prints, and forward knows only idx and targets."""
+    (tmp_path / "model.py").write_text(
+        "import model\n"
+        "class GPTConfig(model.GPTConfig): pass\n"
+        "class GPT(model.GPT):\n"
+        "    def __init__(self, config): super().__init__(config); print('number of parameters')\n"
+        "    def forward(self, idx, targets): return super().forward(idx, targets)\n"
+    )
+    out = run("bench", *SMALL, "--attn_type=GK", "--nanogpt=.")
+    assert re.search(r"nanoGPT .*\nGK +blockwise", out) and "parameters" not in out
+    (tmp_path / "model.py").write_text("import nothing_that_is_there\n")
+    with pytest.raises(Failed, match="nanoGPT's process ended with exit code 1"):
+        run("bench", *SMALL, "--nanogpt=.")
+
+
+def test_the_training_step_is_profiled(run, tmp_path):
+    out = run("bench", *SMALL, "--profile", "--out_dir=prof")
+    assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured_step_by_step(tmp_path):
+    """Ranks that each made as many calls as fit into a turn would wait for each other forever."""
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "bench.py"]
+    args += [*SMALL, "--table=types", "--attn_types=SM,GK", "--steps=20"]
+    done = subprocess_run(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"SM +SDPA .*\nGK +blockwise", done.stdout)
