@@ -465,13 +465,13 @@ def plot_attention(args: list[str], to: Path) -> None:
         raise UserError('attention needs a text: python plot.py attention OUT --start="Some text"')
     import torch
 
-    import sample
     from engine import ranges
+    from engine.loading import encode_prompt, load
     from engine.runtime import Runtime
 
-    model, tokenizer = sample.load(folder)
+    model, tokenizer = load(folder)
     T = min(40, model.config.block_size)
-    ids = torch.as_tensor(sample.encode(tokenizer, options["start"]))[:T]
+    ids = torch.as_tensor(encode_prompt(tokenizer, options["start"]))[:T]
     names = [repr(tokenizer.decode([i]))[1:-1].replace(" ", "\u2423") for i in ids.tolist()]
     turned = {"rotation": 90} if max(map(len, names)) > 2 else {}
     hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
