@@ -66,7 +66,7 @@ def main() -> None:
     with closing(runtime.start(config.device, config.dtype, compile=False)) as rt:
         runtime.keep_freed_memory(rt.device_type)
         if config.init_from == "resume":
-            trained = load_run(config.out_dir, config.checkpoint, **overrides)
+            trained = load_run(config.out_dir, config.checkpoint, config.data_dir, **overrides)
         else:
             trained = load_pretrained(config.init_from, **overrides)
         config.datasets = config.datasets or trained.dataset

@@ -32,6 +32,7 @@ from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
 class Config:
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "ckpt.pt"  # ckpt.pt is the run's last state, best.pt the best one
+    data_dir: str | None = None  # for nanoGPT's checkpoints: folder of data sets; auto: data/
     to: str = ""  # folder to write, which must be new or empty
     merge: bool = False  # fold LoRA adapters into the weights: transformers' GPT-2 has none
 
@@ -145,15 +146,13 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if not config.to:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
-    trained = load_run(config.out_dir, config.checkpoint)
+    trained = load_run(config.out_dir, config.checkpoint, config.data_dir)
     model, path = trained.model, trained.source
     if model.config.lora_rank and not config.merge:
         raise UserError(f"{path} has adapters; pass --merge to fold them into the weights")
-    tokenizer = None
-    if trained.tokenizer_meta.get("tokenizer"):
-        tokenizer = trained.tokenizer()
-    else:
-        print(f"the tokenizer of {path} is not known: {config.to} has none", file=sys.stderr)
+    tokenizer = trained.tokenizer() if trained.tokenizer_meta else None
+    if tokenizer is None:
+        print(f"{config.to} has no tokenizer: {trained.no_tokenizer}", file=sys.stderr)
     state = fold_lora(model.state_dict(), model.config)
     write_folder(Path(config.to), state, model.config, tokenizer)
     attn_type = model.config.attn_type

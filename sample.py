@@ -44,6 +44,7 @@ class Config:
     init_from: str = "resume"  # resume (the run in out_dir), gpt2[-medium|...], or a folder
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "ckpt.pt"  # ckpt.pt is the run's last state, best.pt the best one
+    data_dir: str | None = None  # for nanoGPT's checkpoints: folder of data sets; auto: data/
 
     # Text
     start: str = "\n"  # the prompt, or FILE:one.txt, LINES:prompts.txt, FILES:folder/
@@ -215,7 +216,11 @@ def main() -> None:
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
     model, tokenizer = load(
-        config.out_dir, config.checkpoint, config.init_from, attn_impl=config.attn_impl
+        config.out_dir,
+        config.checkpoint,
+        config.init_from,
+        config.data_dir,
+        attn_impl=config.attn_impl,
     )
     model.to(rt.device, getattr(torch, rt.dtype))  # the weights are cast once, not at each step
     block_size = model.config.block_size

@@ -85,6 +85,18 @@ def test_characters_of_a_trained_model(run_train, run, tmp_path, data_dir, attn_
     assert re.search(rf"abc +val +{len(nll)} +{row['loss']:.4f}", out)
 
 
+def test_a_checkpoint_of_nanogpt_is_evaluated_on_its_data_set(run, tmp_path, data_dir):
+    V = json.loads((data_dir / "abc" / "meta.json").read_text())["vocab_size"]
+    args = dict(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=V)
+    checkpoint = {"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args}
+    torch.save({**checkpoint, "config": {"dataset": "abc"}}, tmp_path / "ckpt.pt")
+    run("evaluate", "--out_dir=.", "--data_dir=data", "--device=cpu")
+    assert results(tmp_path)["abc"]["loss"] == pytest.approx(math.log(V), abs=0.2)
+    checkpoint["config"] = {"dataset": "nowhere"}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run("evaluate", "--out_dir=.", "--data_dir=data", "--device=cpu", "--datasets=abc")
+
+
 @pytest.mark.parametrize("T, stride", [(16, 16), (16, 5), (16, 1), (16, 40), (4, 2), (1, 1)])
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 75])
 def test_every_target_is_scored_once(n, T, stride):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from conftest import ROOT, Failed
 
 import export
 import sample
-from data import dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 from engine import checkpoint as ckpt
 from model import GPT, GPTConfig
@@ -64,9 +64,9 @@ def exported(saved, run, tmp_path):
     return call
 
 
-def export_again(monkeypatch, capsys):
+def export_again(monkeypatch, capsys, *args):
     """Export what lies in the current folder to `again`; returns the one line on stderr."""
-    monkeypatch.setattr(sys, "argv", ["export.py", "--out_dir=.", "--to=again"])
+    monkeypatch.setattr(sys, "argv", ["export.py", "--out_dir=.", "--to=again", *args])
     capsys.readouterr()
     export.main()
     stderr = capsys.readouterr().err
@@ -226,18 +226,32 @@ def test_the_folder_is_sampled_and_trained_as_what_it_was(exported, run, tmp_pat
         assert (config.attn_type, config.pa_length) == expected, more
 
 
-def test_a_model_without_a_known_tokenizer_keeps_its_whole_vocabulary(
-    run, tmp_path, data_dir, monkeypatch
+def test_without_its_tokenizer_the_whole_vocabulary_is_exported(
+    run, tmp_path, data_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(dataset, "DATA_DIR", data_dir)
     (data_dir / "abc" / "meta.json").write_text('{"vocab_size": 20, "dtype": "uint16"}')
     model = GPT(GPTConfig(**ARGS, vocab_size=24))
+    for dataset, folder in (("abc", data_dir), ("nowhere", data_dir), ("nowhere", None)):
+        saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
+        torch.save({**saved, "config": {"dataset": dataset}}, tmp_path / "ckpt.pt")
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        monkeypatch.chdir(tmp_path)
+        stderr = export_again(monkeypatch, capsys, *[f"--data_dir={folder}"] * bool(folder))
+        assert "again has no tokenizer: the tokenizer of ckpt.pt is not known: it was" in stderr
+        assert f"trained on data set {dataset}" in stderr
+        files = {path.name for path in (tmp_path / "again").iterdir()}
+        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert GPT.from_pretrained(str(tmp_path / "again")).config.vocab_size == 24
+
+
+def test_the_tokenizer_of_a_nanogpt_checkpoint_comes_from_data_dir(run, tmp_path, data_dir):
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    model = GPT(GPTConfig(**ARGS, vocab_size=meta["vocab_size"]))
     saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
     torch.save({**saved, "config": {"dataset": "abc"}}, tmp_path / "ckpt.pt")
-    run("export", "--out_dir=.", "--to=hf")
-    files = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
-    assert GPT.from_pretrained(str(tmp_path / "hf")).config.vocab_size == 24
+    run("export", "--out_dir=.", "--to=hf", f"--data_dir={data_dir}")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert hf.decode(range(meta["vocab_size"])) == meta["chars"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from conftest import ROOT, Failed, subprocess_run
 
 import sample
 from configurator import UserError
-from data import dataset
 from data.tokenizer import CharTokenizer
 from engine.loading import encode_prompt
 from model import GPT, GPTConfig
@@ -72,19 +71,48 @@ def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
     assert len(texts) == 20 and all(len(text) == 21 for text in texts)
 
 
-def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, tmp_path, monkeypatch):
+@pytest.fixture
+def nanogpt(tmp_path):
+    """Save a checkpoint as nanoGPT does in the current folder: nanogpt(dataset)."""
+
+    def save(dataset):
+        args = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=8)
+        state = GPT(GPTConfig(**args)).state_dict()
+        state = {f"_orig_mod.{name}": weight for name, weight in state.items()}
+        checkpoint = {"model": state, "model_args": {**args, "dropout": 0.2}}
+        torch.save({**checkpoint, "config": {"dataset": dataset}}, tmp_path / "ckpt.pt")
+
+    return save
+
+
+def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, nanogpt, tmp_path):
     chars = "\nabcdefg"
-    monkeypatch.setattr(dataset, "DATA_DIR", tmp_path / "data")
+    nanogpt("old")
     (tmp_path / "data" / "old").mkdir()
-    old = {"vocab_size": 8, "itos": dict(enumerate(chars)), "stoi": {}}
-    (tmp_path / "data" / "old" / "meta.pkl").write_bytes(pickle.dumps(old))
-    args = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=8, dropout=0.2)
-    state = {f"_orig_mod.{k}": v for k, v in GPT(GPTConfig(**args)).state_dict().items()}
-    checkpoint = {"model": state, "model_args": args, "config": {"dataset": "old"}}
-    (tmp_path / "out").mkdir()
-    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
-    out = run("sample", *SHORT)
-    assert len(out) == 2 * (21 + len(RULER)) and set(out) <= set(chars + "-")
+    meta = {"vocab_size": 8, "itos": dict(enumerate(chars)), "stoi": {}}
+    (tmp_path / "data" / "old" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    texts = run("sample", "--out_dir=.", "--data_dir=data", *SHORT)
+    assert len(texts) == 2 * (21 + len(RULER)) and set(texts) <= set(chars + "-")
+
+
+@pytest.mark.parametrize(
+    "dataset, data_dir, repair",
+    [
+        ("old", None, "put its meta.pkl into .*data/old, or pass --data_dir=FOLDER .* FOLDER/old/"),
+        ("old", "elsewhere", "put its meta.pkl into elsewhere/old, "),
+        (
+            "shakespeare_char",
+            "elsewhere",
+            "run python data/shakespeare_char/prepare.py --out elsewhere/shakespeare_char, ",
+        ),
+    ],
+)
+def test_a_missing_tokenizer_is_named_with_its_data_set(run, nanogpt, dataset, data_dir, repair):
+    nanogpt(dataset)
+    folder = [f"--data_dir={data_dir}"] if data_dir else []
+    with pytest.raises(Failed, match=f"trained on data set {dataset}, and .*{repair}") as failed:
+        run("sample", "--out_dir=.", *folder, *SHORT)
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 
 def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
