@@ -32,7 +32,7 @@ from data.dataset import SAMPLE, random_bits
 from engine import runtime
 from engine.files import whole_file
 from engine.generation import stream
-from engine.loading import encode_prompt, load
+from engine.loading import check_utf8, encode_prompt, load
 from model import GPT
 
 RULER = "\n---------------"  # between texts
@@ -148,10 +148,17 @@ def read_prompts(start: str) -> list[str]:
         return [start]
     path = Path(name)
     paths = sorted(p for p in path.glob("*") if p.is_file()) if kind == "FILES" else [path]
-    try:
-        texts = [p.read_text(encoding="utf-8") for p in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} can't be read as UTF-8 text: {error}") from error
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"prompt file {path} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"prompt file {path} is not UTF-8 text, from byte {error.start + 1} on; convert it "
+                f"with  iconv -f latin1 -t utf-8 {path} > NEW.txt"
+            ) from error
     if kind == "LINES":
         texts = [line for line in texts[0].splitlines() if line]
     if not texts:
@@ -213,6 +220,7 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if config.out is not None and not config.out.endswith((".txt", ".jsonl")):
         raise UserError(f"out={config.out} must end in .txt or .jsonl")
+    check_utf8(config.stop or "", "stop")
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
     model, tokenizer = load(

@@ -114,6 +114,7 @@ def load(
 def encode_prompt(tokenizer: CharTokenizer | GPT2Tokenizer, prompt: str):
     """The ids of a prompt. An empty prompt stands for the beginning of a document: GPT-2's end of
     text, or a newline. Raises UserError for text that the tokenizer can't encode."""
+    check_utf8(prompt, "the prompt")
     if prompt:
         return tokenizer.encode(prompt)
     if hasattr(tokenizer, "eot"):
@@ -124,4 +125,15 @@ def encode_prompt(tokenizer: CharTokenizer | GPT2Tokenizer, prompt: str):
         raise UserError(
             "the prompt is empty, and this tokenizer has no newline to begin with; pass some text, "
             'e.g. --start="The"'
+        ) from error
+
+
+def check_utf8(text: str, name: str) -> None:
+    """Raise UserError if `text`, from the command line, was bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python has put lone surrogates in their place
+        raise UserError(
+            f"{name} is not UTF-8 text, from character {error.start + 1} on; convert it first, "
+            'e.g. with  --start="$(iconv -f latin1 -t utf-8 prompt.txt)"'
         ) from error

@@ -139,7 +139,10 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
         (["--window_stride=0"], "window_stride"),
         (["--out=texts.csv"], "must end in .txt or .jsonl"),
         (["--start=FILE:nothing.txt"], "nothing.txt"),
-        (["--start=FILE:latin.txt"], "UTF-8"),
+        (["--start=FILE:latin.txt"], "latin.txt is not UTF-8 text, from byte 4 on"),
+        (["--start=FILES:mixed/"], "mixed/b.txt is not UTF-8 text, from byte 4 on"),
+        (["--start=caf\udce9"], "the prompt is not UTF-8 text, from character 4 on"),
+        (["--start=the", "--stop=\udce9"], "stop is not UTF-8 text, from character 1 on"),
         (["--temperature=-1"], "temperature"),
         (["--top_k=0"], "top_k"),
         (["--num_samples=0"], "num_samples"),
@@ -148,7 +151,10 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
     ],
 )
 def test_what_can_not_be_sampled_is_one_line(run, out, tmp_path, args, said):
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("café", encoding="utf-8")
+    for name in ("latin.txt", "mixed/b.txt"):
+        (tmp_path / name).write_bytes("café".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(Failed, match=said) as failed:
         run("sample", out, *SHORT, *args)
