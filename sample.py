@@ -8,7 +8,8 @@ Draw text from a trained model: a run's checkpoint, or GPT-2.
     python sample.py --out_dir=OUT --temperature=0            # always the likeliest token
 
 A checkpoint holds its tokenizer, so the folder of the run is all that is needed. Texts go to
-stdout, and everything else goes to stderr. In a notebook:
+stdout, and everything else goes to stderr. Each batch of texts is written when it is finished:
+Ctrl-C loses only the one that is being drawn. In a notebook:
 
     from sample import load, generate
     model, tokenizer = load("OUT")
@@ -16,9 +17,11 @@ stdout, and everything else goes to stderr. In a notebook:
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +88,14 @@ def generate(
     sample_batch: int = 64,
     compile: bool = False,
     on_tokens: Callable[[Tensor], None] | None = None,
+    on_texts: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
     """`num_samples` texts for each prompt, those of the first prompt first, each with its prompt.
 
     The model draws them on its device. Sample i of a prompt depends on the seed and on i, not on
     what else is drawn: in one batch or one at a time, the text is the same. `on_tokens` is called
-    with the ids (B,) of each step. Raises UserError for a prompt that can't be encoded.
+    with the ids (B,) of each step, `on_texts` with the texts of each batch when they are finished.
+    Raises UserError for a prompt that can't be encoded.
     """
     device = next(model.parameters()).device
     encoded = [torch.as_tensor(encode_prompt(tokenizer, p), device=device) for p in prompts]
@@ -122,7 +127,10 @@ def generate(
                 break
         new = decode(tokenizer, drawn) if drawn else [""] * len(batch)
         new = [text.split(stop)[0] if stop else text for text in new]
-        texts += [prompts[p] + text for (p, _), text in zip(batch, new, strict=True)]
+        finished = [prompts[p] + text for (p, _), text in zip(batch, new, strict=True)]
+        texts += finished
+        if on_texts:
+            on_texts(finished)
     return texts
 
 
@@ -175,13 +183,10 @@ class Live:
 
     def add(self, ids: Tensor) -> None:
         self.ids += ids.tolist()
-        self.print(settled(self.tokenizer.decode(self.ids), self.stop))
+        self.show(settled(self.tokenizer.decode(self.ids), self.stop))
 
-    def end(self) -> None:
-        text = self.tokenizer.decode(self.ids)
-        self.print(text.split(self.stop)[0] if self.stop else text)
-
-    def print(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Print what is new in `text`, which begins with all that was printed."""
         print(text[self.n_printed :], end="", flush=True)
         self.n_printed = max(self.n_printed, len(text))
 
@@ -195,31 +200,66 @@ def settled(text: str, stop: str | None) -> str:
     return text[: len(text) - next(begun, 0)]
 
 
-def write_texts(texts: list[str], config: Config, prompts: list[str]) -> None:
-    """Write the texts to the file `out`, or to stdout with a ruler below each."""
-    if config.out is None:
-        for text in texts:
-            print(text + RULER)
-        return
-    lines = [text + RULER for text in texts]
-    if config.out.endswith(".jsonl"):
-        n = config.num_samples
-        rows = [
-            {"prompt": prompts[i // n], "sample": i % n, "text": text}
-            for i, text in enumerate(texts)
-        ]
-        lines = [json.dumps(row) for row in rows]
-    try:
-        with whole_file(Path(config.out)) as file:
-            file.writelines(line + "\n" for line in lines)
-    except OSError as error:
-        raise UserError(f"out={config.out} can't be written: {error.strerror}") from error
+class Output:
+    """Shows what is being drawn, and writes each batch of texts when it is finished.
+
+    A single text for a terminal appears there token by token; else a bar counts the tokens.
+    """
+
+    def __init__(self, config: Config, prompts: list[str], tokenizer):
+        self.config, self.prompts = config, prompts
+        self.n_tokens, self.n_texts = 0, 0  # drawn, and written, so far
+        self.total = len(prompts) * config.num_samples
+        self.live = None
+        if self.total == 1 and config.out is None and sys.stdout.isatty():
+            self.live = Live(tokenizer, config.stop)
+            print(prompts[0], end="", flush=True)
+        hide_bar = True if self.live else None  # None: hidden unless stderr is a terminal
+        n = self.total * config.max_new_tokens
+        self.bar = tqdm(total=n, unit="token", leave=False, disable=hide_bar)
+
+    def add_tokens(self, ids: Tensor) -> None:
+        self.n_tokens += len(ids)
+        self.bar.update(len(ids))
+        if self.live:
+            self.live.add(ids)
+
+    def add_texts(self, texts: list[str]) -> None:
+        self.bar.clear()
+        if self.live:
+            self.live.show(texts[0].removeprefix(self.prompts[0]))
+            print(RULER)
+        elif self.config.out is None:
+            print("\n".join(text + RULER for text in texts), flush=True)
+        else:
+            self.write(texts)
+        self.n_texts += len(texts)
+
+    def write(self, texts: list[str]) -> None:
+        """Write a batch to the file `out`: the first one replaces it, and others join it."""
+        path, n = Path(self.config.out), self.config.num_samples
+        lines = [text + RULER for text in texts]
+        if path.suffix == ".jsonl":
+            lines = [
+                json.dumps({"prompt": self.prompts[i // n], "sample": i % n, "text": text})
+                for i, text in enumerate(texts, self.n_texts)
+            ]
+        try:
+            joins = self.n_texts > 0
+            with path.open("a", encoding="utf-8") if joins else whole_file(path.resolve()) as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            raise UserError(f"out={path} can't be written: {error.strerror}") from error
 
 
 def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
-    if config.out is not None and not config.out.endswith((".txt", ".jsonl")):
-        raise UserError(f"out={config.out} must end in .txt or .jsonl")
+    if config.out is not None:
+        if not config.out.endswith((".txt", ".jsonl")):
+            raise UserError(f"out={config.out} must end in .txt or .jsonl")
+        folder = Path(config.out).absolute().parent
+        if not os.access(folder, os.W_OK):  # said before the work, not after it
+            raise UserError(f"out={config.out} can't be written; try  mkdir -p {folder}")
     check_utf8(config.stop or "", "stop")
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
@@ -240,50 +280,43 @@ def main() -> None:
             file=sys.stderr,
         )
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-
-    n_texts = len(prompts) * config.num_samples
-    live = None
-    if n_texts == 1 and config.out is None and sys.stdout.isatty():
-        live = Live(tokenizer, config.stop)
-        print(prompts[0], end="", flush=True)
-    hide_bar = True if live else None  # None: hidden unless stderr is a terminal
-    total = n_texts * config.max_new_tokens
-    bar = tqdm(total=total, unit="token", leave=False, disable=hide_bar)
-    n_tokens = 0
-
-    def on_tokens(ids: Tensor) -> None:
-        nonlocal n_tokens
-        n_tokens += len(ids)
-        bar.update(len(ids))
-        if live:
-            live.add(ids)
+    output = Output(config, prompts, tokenizer)
 
     started = time.perf_counter()
-    texts = generate(
-        model,
-        tokenizer,
-        prompts,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        stop=config.stop,
-        seed=config.seed,
-        window_stride=config.window_stride,
-        sample_batch=config.sample_batch,
-        compile=rt.compile,
-        on_tokens=on_tokens,
-    )
+    with runtime.Interrupt() as interrupt, suppress(KeyboardInterrupt):
+
+        def on_tokens(ids: Tensor) -> None:
+            output.add_tokens(ids)
+            if interrupt.signal:  # here, so that no batch is written in part
+                raise KeyboardInterrupt
+
+        generate(
+            model,
+            tokenizer,
+            prompts,
+            num_samples=config.num_samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            stop=config.stop,
+            seed=config.seed,
+            window_stride=config.window_stride,
+            sample_batch=config.sample_batch,
+            compile=rt.compile,
+            on_tokens=on_tokens,
+            on_texts=output.add_texts,
+        )
+    output.bar.close()
+    if interrupt.signal:
+        if output.live:
+            print()
+        print(f"stopped: {output.n_texts} of {output.total} texts are written", file=sys.stderr)
+        sys.exit(128 + interrupt.signal)
     rt.synchronize()
     seconds = time.perf_counter() - started
-    bar.close()
-    if live:
-        live.end()
-        print(RULER)
-    else:
-        write_texts(texts, config, prompts)
-    print(f"{n_tokens:,} tokens, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    n = output.n_tokens
+    print(f"{n:,} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """sample.py: texts of a checkpoint or of GPT-2, prompts that can't be used, where texts go."""
 
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,6 +142,7 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
         (["--top_p=1.5"], "top_p"),
         (["--window_stride=0"], "window_stride"),
         (["--out=texts.csv"], "must end in .txt or .jsonl"),
+        (["--out=nowhere/texts.txt"], "can't be written; try mkdir -p .*/nowhere"),
         (["--start=FILE:nothing.txt"], "nothing.txt"),
         (["--start=FILE:latin.txt"], "latin.txt is not UTF-8 text, from byte 4 on"),
         (["--start=FILES:mixed/"], "mixed/b.txt is not UTF-8 text, from byte 4 on"),
@@ -186,6 +191,43 @@ def test_texts_go_to_a_file(run, out, tmp_path):
     assert "".join(row["text"] + RULER for row in rows) == texts
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_batches_that_are_finished(run, out, tmp_path, monkeypatch, number):
+    path, add_texts = tmp_path / "a.jsonl", sample.Output.add_texts
+    path.write_text("earlier\n")
+    args = [out, "--start=the", "--max_new_tokens=5", "--device=cpu", "--sample_batch=2"]
+
+    def add_and_interrupt(self, texts):
+        assert self.n_texts or path.read_text() == "earlier\n"  # until the first batch is there
+        add_texts(self, texts)
+        assert len(path.read_text().splitlines()) == self.n_texts
+        if self.n_texts == 4:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, pytest.raises(Failed) as failed:
+        patch.setattr(sample.Output, "add_texts", add_and_interrupt)
+        run("sample", *args, "--num_samples=1000", "--out=a.jsonl")
+    assert failed.value.code == 128 + number
+    assert failed.value.stderr == "stopped: 4 of 1000 texts are written\n"
+    run("sample", *args, "--num_samples=4", "--out=b.jsonl")
+    assert path.read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_finished_texts_reach_a_pipe_before_the_process_ends(out):
+    args = [out, "--num_samples=100000", "--sample_batch=1", "--max_new_tokens=5", "--device=cpu"]
+    command = [sys.executable, str(ROOT / "sample.py"), *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        begin = process.stdout.read(5)
+        process.terminate()
+        rest, stderr = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 143 and stderr.startswith("stopped: ")
+    texts = (begin + rest).split(RULER)
+    assert texts.pop() == "" and all(len(text) == 6 for text in texts)
+    assert stderr == f"stopped: {len(texts)} of 100000 texts are written\n"
+
+
 def test_a_text_ends_before_the_stop(run, out):
     whole = run("sample", out, "--start=the", *SHORT).split(RULER)[0]
     stop = whole[10:12]
@@ -208,13 +250,13 @@ def test_live_text_comes_in_whole_characters_and_ends_before_the_stop(capsys):
         def decode(self, ids):
             return bytes(ids).decode("utf-8", "replace")
 
-    def shown(text, stop=None):
+    def shown(text, stop=None):  # piece by piece
         live = sample.Live(Bytes(), stop)
         parts = []
         for byte in text.encode():
             live.add(torch.tensor([byte]))
             parts.append(capsys.readouterr().out)
-        live.end()
+        live.show(text.split(stop or "\n")[0])
         return [part for part in [*parts, capsys.readouterr().out] if part]
 
     assert shown("aé€🙂b") == ["a", "é", "€", "🙂", "b"]
