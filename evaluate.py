@@ -24,10 +24,8 @@ bits_per_byte.
 """
 
 import sys
-from contextlib import closing
 from dataclasses import dataclass
-
-import torch
+from typing import Literal
 
 import configurator
 from configurator import UserError
@@ -40,20 +38,20 @@ from engine.scoring import run_evaluation
 class Config:
     # Model
     init_from: str = "resume"  # resume (the run in out_dir), gpt2[-medium|...], or a folder
-    out_dir: str = "out"  # folder of the run, which eval.json is written to
-    checkpoint: str = "ckpt.pt"  # ckpt.pt is the run's last state, best.pt the best one
+    out_dir: str = "out"  # Folder of the run; eval.json is written there
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state of the run; best.pt: the best one
 
     # Data
-    datasets: str | None = None  # names separated by commas; auto: what the run was trained on
-    data_dir: str | None = None  # folder that holds the data sets; auto: data/ beside this file
-    eval_stride: int | None = None  # tokens between the starts of windows; auto: block_size / 2
-    batch_size: int = 12  # windows that are scored at the same time
-    eval_only: bool = True  # for config files that train.py reads too; evaluate.py never trains
+    datasets: str | None = None  # Data sets, as in a,b,c; auto: the one that the run was trained on
+    data_dir: str | None = None  # Folder that holds the data sets; auto: data/ beside evaluate.py
+    eval_stride: int | None = None  # Tokens between windows; auto: block_size / 2
+    batch_size: int = 12  # Windows that are scored at the same time
+    eval_only: bool = True  # Lets config files of train.py be read; must be true
 
     # System
-    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best one on this machine
-    dtype: str | None = None  # float32, bfloat16 or float16; auto: what suits the device
-    attn_impl: str = "auto"  # reference (the formula), blockwise or triton; auto: the fastest
+    device: str | None = None  # cpu, cuda, cuda:1 or mps; auto takes the best that there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # auto depends on the device
+    attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
 
 
 def main() -> None:
@@ -63,8 +61,7 @@ def main() -> None:
     if config.datasets is None and config.init_from != "resume":
         raise UserError("datasets is not set; name some, e.g. --datasets=wikitext2,lambada")
     overrides = {"dropout": 0.0, "attn_impl": config.attn_impl}
-    with closing(runtime.start(config.device, config.dtype, compile=False)) as rt:
-        runtime.keep_freed_memory(rt.device_type)
+    with runtime.session(config.device, config.dtype, compile=False, backend=None) as rt:
         if config.init_from == "resume":
             trained = load_run(config.out_dir, config.checkpoint, config.data_dir, **overrides)
         else:
@@ -72,12 +69,7 @@ def main() -> None:
         config.datasets = config.datasets or trained.dataset
         about = {"model": str(trained.source), "step": trained.step}
         model = trained.model.to(rt.device)
-        try:
-            code = run_evaluation(model, trained.tokenizer_meta, about, config, rt)
-        except torch.OutOfMemoryError as error:
-            message = f"out of memory; pass a --batch_size below {config.batch_size}"
-            raise UserError(message, this_rank=True) from error
-    sys.exit(code)
+        sys.exit(run_evaluation(model, trained.tokenizer_meta, about, config, rt))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
 
 @dataclass
 class Config:
-    out_dir: str = "out"  # folder of the run
-    checkpoint: str = "ckpt.pt"  # ckpt.pt is the run's last state, best.pt the best one
-    data_dir: str | None = None  # for nanoGPT's checkpoints: folder of data sets; auto: data/
-    to: str = ""  # folder to write, which must be new or empty
-    merge: bool = False  # fold LoRA adapters into the weights: transformers' GPT-2 has none
+    out_dir: str = "out"  # Folder of the run
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state of the run; best.pt: the best one
+    data_dir: str | None = None  # Data sets, for nanoGPT's checkpoints; auto: data/
+    to: str = ""  # Folder to write, which must be new or empty
+    merge: bool = False  # Fold LoRA adapters into the weights: transformers' GPT-2 has none
 
 
 def to_hf(

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,28 +46,28 @@ RULER = "\n---------------"  # between texts
 class Config:
     # Model
     init_from: str = "resume"  # resume (the run in out_dir), gpt2[-medium|...], or a folder
-    out_dir: str = "out"  # folder of the run
-    checkpoint: str = "ckpt.pt"  # ckpt.pt is the run's last state, best.pt the best one
-    data_dir: str | None = None  # for nanoGPT's checkpoints: folder of data sets; auto: data/
+    out_dir: str = "out"  # Folder of the run
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state of the run; best.pt: the best one
+    data_dir: str | None = None  # Data sets, for nanoGPT's checkpoints; auto: data/
 
     # Text
-    start: str = "\n"  # the prompt, or FILE:one.txt, LINES:prompts.txt, FILES:folder/
-    num_samples: int = 10  # texts for each prompt
-    max_new_tokens: int = 500  # tokens drawn for each text
+    start: str = "\n"  # Prompt, or FILE:one.txt, LINES:prompts.txt, FILES:folder/
+    num_samples: int = 10  # Texts for each prompt
+    max_new_tokens: int = 500  # Tokens drawn for each text
     temperature: float = 0.8  # 1 draws from the model's distribution; 0 takes the likeliest token
-    top_k: int | None = 200  # draw among the k likeliest tokens; none: among all
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
-    stop: str | None = None  # a text ends before the first occurrence of this string
-    seed: int = 1337  # sample i depends on the seed and on i, not on what else is drawn
-    window_stride: int | None = None  # oldest tokens dropped when block_size is full; auto: 1/4
-    sample_batch: int = 64  # texts drawn at the same time at most; fewer need less memory
-    out: str | None = None  # file for the texts, .txt or .jsonl; auto: stdout
+    top_k: int | None = 200  # Draw among the k likeliest tokens; none: among all
+    top_p: float = 1.0  # Draw among the likeliest tokens that together have this probability
+    stop: str | None = None  # A text ends before the first occurrence of this string
+    seed: int = 1337  # Sample i depends on the seed and on i, not on what else is drawn
+    window_stride: int | None = None  # Tokens dropped when block_size is full; auto: a quarter
+    sample_batch: int = 64  # Texts drawn at the same time at most; fewer need less memory
+    out: str | None = None  # File for the texts, .txt or .jsonl; auto: stdout
 
     # System
-    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best one on this machine
-    dtype: str | None = None  # float32, bfloat16 or float16; auto: what suits the device
-    compile: bool = False  # torch.compile of the step of one token, with CUDA graphs on a GPU
-    attn_impl: str = "auto"  # reference (the formula), blockwise or triton; auto: the fastest
+    device: str | None = None  # cpu, cuda, cuda:1 or mps; auto takes the best that there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # auto depends on the device
+    compile: bool = False  # Use torch.compile for the step of one token
+    attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
 
 
 # ----------------------------------------------------------------------------
