@@ -1,15 +1,15 @@
 """
-A checkpoint as a folder that transformers loads: a GPT2LMHeadModel and its tokenizer.
+Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and its tokenizer.
 
     python export.py --out_dir=OUT --to=DIR
     python export.py --out_dir=OUT --to=DIR --checkpoint=best.pt
-    python export.py --out_dir=OUT --to=DIR --merge     # of a run with adapters (LoRA)
+    python export.py --out_dir=OUT --to=DIR --merge     # if the run has LoRA adapters
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
-transformers knows softmax alone. Of another attention config.json says attn_type, pa_length and
-pa_length_power, which transformers ignores and this project reads: sample.py and train.py take the
-folder, of any attention, as --init_from=DIR.
+transformers computes softmax attention only. If the model has another one, config.json names it
+(attn_type, pa_length, pa_length_power): transformers ignores these keys, but sample.py, train.py
+and evaluate.py read them and take the folder as --init_from=DIR.
 """
 
 import json
@@ -23,18 +23,18 @@ from torch import Tensor
 
 import configurator
 from configurator import UserError
-from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer, from_meta
-from engine import checkpoint as ckpt
+from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
+from engine.loading import load_run
 from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
-from sample import fitting, read_run
 
 
 @dataclass
 class Config:
-    out_dir: str = "out"  # folder of the run
-    checkpoint: str = "ckpt.pt"  # ckpt.pt is its last state, best.pt that of the lowest val loss
-    to: str = ""  # folder to write, which must be new or empty
-    merge: bool = False  # fold LoRA's adapters into the weights: transformers' GPT-2 has none
+    out_dir: str = "out"  # Folder of the run
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state of the run; best.pt: the best one
+    data_dir: str | None = None  # Data sets, for nanoGPT's checkpoints; auto: data/
+    to: str = ""  # Folder to write, which must be new or empty
+    merge: bool = False  # Fold LoRA adapters into the weights: transformers' GPT-2 has none
 
 
 def to_hf(
@@ -43,12 +43,12 @@ def to_hf(
     vocab_size: int | None = None,
     eot: int | None = None,
 ) -> tuple[object, dict[str, Tensor]]:
-    """A GPT's state dict, its adapters folded in (see model.fold_lora), and its config as those of
-    a GPT2LMHeadModel: (GPT2Config, state dict).
+    """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does.
 
-    Ids from `vocab_size` on are cut off: they pad the vocabulary, and a greedy text of transformers
-    would have them. `eot` is the id of the end of text, if there is one. Biases that the model does
-    not have are zeros. `state` stays as it is; what needs no change shares its memory.
+    `state` is the GPT's state dict without adapters (see model.fold_lora). It is not changed, but
+    the result shares its memory where it can. Ids from `vocab_size` on, which only pad the
+    vocabulary, are cut off, since transformers would draw them. `eot` is the id of the end of text,
+    if there is one. Where the model has no biases, they are zeros.
     """
     from transformers import GPT2Config
 
@@ -81,14 +81,14 @@ def to_hf(
 
 
 def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
-    """The files, by name, from which AutoTokenizer builds what encodes and decodes the same."""
+    """The contents by name of the files from which AutoTokenizer builds the same tokenizer."""
     config = {"clean_up_tokenization_spaces": False, "model_max_length": block_size}
     if isinstance(tokenizer, GPT2Tokenizer):
         from tiktoken.load import read_file_cached
 
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        # tiktoken has checked their hashes when it made the tokenizer
+        # tiktoken checked their hashes when it built the tokenizer
         files = {
             "vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
             "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
@@ -98,17 +98,17 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
 
         hf = Tokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
         hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        hf.decoder = decoders.Fuse()  # or else there would be spaces in between
+        hf.decoder = decoders.Fuse()  # joins the characters without spaces in between
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "meta": tokenizer.meta()}
         files = {"tokenizer.json": hf.to_str(pretty=True).encode()}
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
-def write(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None) -> None:
+def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None) -> None:
     """Write GPT(config) with the weights `state` to the folder `to`, whole or not at all.
 
-    Without its tokenizer the vocabulary stays as it is. Raises UserError if `to` is there already
-    and is not an empty folder, or can't be written.
+    Without a tokenizer the vocabulary keeps its padding. Raises UserError if `to` can't be written,
+    or exists and is not an empty folder.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -129,7 +129,7 @@ def write(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None)
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         save_file(hf_state, temporary / "model.safetensors", {"format": "pt"})
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # it was 0600
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # was 0600
         if to.exists():
             to.rmdir()
         temporary.rename(to)
@@ -146,23 +146,23 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if not config.to:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
-    loaded, path, meta = read_run(config.out_dir, config.checkpoint)
-    model = ckpt.build_model(loaded, path)
+    trained = load_run(config.out_dir, config.checkpoint, config.data_dir)
+    model, path = trained.model, trained.source
     if model.config.lora_rank and not config.merge:
         raise UserError(f"{path} has adapters; pass --merge to fold them into the weights")
-    attn_type, to, tokenizer = model.config.attn_type, config.to, None
-    if meta.get("tokenizer"):
-        tokenizer = fitting(from_meta(meta), model, path)
-    else:
-        print(f"the tokenizer of {path} is not known: {to} has none", file=sys.stderr)
-    write(Path(to), fold_lora(model.state_dict(), model.config), model.config, tokenizer)
+    tokenizer = trained.tokenizer() if trained.tokenizer_meta else None
+    if tokenizer is None:
+        print(f"{config.to} has no tokenizer: {trained.no_tokenizer}", file=sys.stderr)
+    state = fold_lora(model.state_dict(), model.config)
+    write_folder(Path(config.to), state, model.config, tokenizer)
+    attn_type = model.config.attn_type
     if attn_type != "SM":
         print(
-            f"warning: transformers would compute softmax with these weights, not {attn_type}; "
-            f"only this project reads its attn_type, e.g.  python sample.py --init_from={to}",
+            f"warning: transformers would compute softmax with these weights, not {attn_type}; use "
+            f"the folder with this project only, e.g.  python sample.py --init_from={config.to}",
             file=sys.stderr,
         )
-    print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {to}")
+    print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")
 
 
 if __name__ == "__main__":

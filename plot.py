@@ -96,11 +96,11 @@ def draw_attention(folder: str, to: Path, start: str) -> None:
     import torch
 
     from engine import ranges
+    from engine.loading import encode_prompt, load
     from engine.runtime import Runtime
-    from sample import load
 
     model, tokenizer = load(folder)
-    ids = torch.as_tensor(tokenizer.encode(start))[: min(40, model.config.block_size)]
+    ids = torch.as_tensor(encode_prompt(tokenizer, start))[: min(40, model.config.block_size)]
     tokens = [repr(tokenizer.decode([i]))[1:-1].replace(" ", "\u2423") for i in ids.tolist()]
     rotation = 90 if max(map(len, tokens)) > 2 else 0
     future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)

@@ -1,14 +1,15 @@
 """
-Text from a checkpoint, or from GPT-2.
+Draw text from a trained model: a run's checkpoint, or GPT-2.
 
     python sample.py --out_dir=OUT --start="To be" --num_samples=5 --max_new_tokens=100
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
     python sample.py --out_dir=OUT --start=LINES:prompts.txt --out=texts.jsonl   # a prompt per line
     python sample.py --out_dir=OUT --start=FILES:prompts/     # a prompt per file, in order of names
-    python sample.py --out_dir=OUT --temperature=0            # greedy
+    python sample.py --out_dir=OUT --temperature=0            # always the likeliest token
 
-A checkpoint carries its tokenizer, so that its folder is all that is needed. Texts go to stdout,
-all else to stderr. In a notebook:
+A checkpoint holds its tokenizer, so the folder of the run is all that is needed. Texts go to
+stdout, and everything else goes to stderr. Each batch of texts is written when it is finished:
+Ctrl-C loses only the one that is being drawn. In a notebook:
 
     from sample import load, generate
     model, tokenizer = load("OUT")
@@ -16,97 +17,61 @@ all else to stderr. In a notebook:
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 import configurator
 from configurator import UserError
-from data import tokenizer as tokenizers
-from data.dataset import SAMPLE, data_folder, random_bits, read_meta
-from engine import checkpoint as ckpt
+from data.dataset import SAMPLE, random_bits
 from engine import runtime
+from engine.files import whole_file
 from engine.generation import stream
+from engine.loading import check_utf8, encode_prompt, load
 from model import GPT
+
+RULER = "\n---------------"  # between texts
 
 
 @dataclass
 class Config:
     # Model
-    init_from: str = "resume"  # resume (out_dir), gpt2[-medium|-large|-xl], a folder or hub name
-    out_dir: str = "out"  # folder of the run
-    checkpoint: str = "ckpt.pt"  # ckpt.pt is its last state, best.pt that of the lowest val loss
+    init_from: str = "resume"  # resume (the run in out_dir), gpt2[-medium|...], or a folder
+    out_dir: str = "out"  # Folder of the run
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state of the run; best.pt: the best one
+    data_dir: str | None = None  # Data sets, for nanoGPT's checkpoints; auto: data/
 
     # Text
-    start: str = "\n"  # the prompt, or FILE:one.txt, LINES:prompts.txt, FILES:folder/
-    num_samples: int = 10  # texts for each prompt
-    max_new_tokens: int = 500  # per text
-    temperature: float = 0.8  # 1: as the model says; below: more likely tokens; 0: the likeliest
-    top_k: int | None = 200  # only among the k likeliest tokens; none: among all
-    top_p: float = 1.0  # only among the likeliest tokens that together have this probability
-    stop: str | None = None  # a text ends before this, if it comes to it
-    seed: int = 1337  # sample i of a seed draws the same numbers, whatever is drawn beside it
-    window_stride: int | None = None  # tokens forgotten at once beyond block_size; auto: a quarter
-    sample_batch: int = 64  # texts drawn at the same time at most; fewer need less memory
-    out: str | None = None  # file for the texts instead of stdout: .txt or .jsonl
+    start: str = "\n"  # Prompt, or FILE:one.txt, LINES:prompts.txt, FILES:folder/
+    num_samples: int = 10  # Texts for each prompt
+    max_new_tokens: int = 500  # Tokens drawn for each text
+    temperature: float = 0.8  # 1 draws from the model's distribution; 0 takes the likeliest token
+    top_k: int | None = 200  # Draw among the k likeliest tokens; none: among all
+    top_p: float = 1.0  # Draw among the likeliest tokens that together have this probability
+    stop: str | None = None  # A text ends before the first occurrence of this string
+    seed: int = 1337  # Sample i depends on the seed and on i, not on what else is drawn
+    window_stride: int | None = None  # Tokens dropped when block_size is full; auto: a quarter
+    sample_batch: int = 64  # Texts drawn at the same time at most; fewer need less memory
+    out: str | None = None  # File for the texts, .txt or .jsonl; auto: stdout
 
     # System
-    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: str | None = None  # float32, bfloat16 or float16; auto: by the device
-    compile: bool = False  # torch.compile of the step of one token, with CUDA graphs on a GPU
-    attn_impl: str = "auto"  # reference (the formula), blockwise or triton; auto: the fastest
+    device: str | None = None  # cpu, cuda, cuda:1 or mps; auto takes the best that there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # auto depends on the device
+    compile: bool = False  # Use torch.compile for the step of one token
+    attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
 
 
 # ----------------------------------------------------------------------------
-# For notebooks too
-
-
-def load(
-    out_dir: str = "out", checkpoint: str = "ckpt.pt", init_from: str = "resume", **overrides
-) -> tuple[GPT, object]:
-    """The model, on the CPU and in eval mode, and its tokenizer.
-
-    `overrides` are fields of GPTConfig such as attn_impl. Raises UserError if either can't be had.
-    """
-    overrides = {"dropout": 0.0, **overrides}
-    if init_from != "resume":
-        tokenizer = tokenizers.from_meta(tokenizers.meta_of_folder(init_from))  # it fails sooner
-        try:
-            model = GPT.from_pretrained(init_from, overrides).eval()
-        except (OSError, ValueError) as error:
-            allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
-            raise UserError(f"{error}; init_from is {allowed}") from error
-        return model, fitting(tokenizer, model, init_from)
-
-    loaded, path, meta = read_run(out_dir, checkpoint)
-    model = ckpt.build_model(loaded, path, **overrides).eval()
-    return model, fitting(tokenizers.from_meta(meta), model, path)
-
-
-def read_run(out_dir: str, checkpoint: str) -> tuple[dict, Path, dict]:
-    """A checkpoint of a run, its path, and what describes its tokenizer."""
-    if Path(checkpoint).name != checkpoint:
-        raise UserError(f"checkpoint={checkpoint!r} must be a file name inside out_dir")
-    path = Path(out_dir) / checkpoint
-    loaded = ckpt.load(path)
-    meta = loaded.get("tokenizer")
-    if not meta:  # nanoGPT's checkpoints name their data set instead
-        meta = read_meta(data_folder(str(loaded["config"].get("dataset", "openwebtext"))))
-    return loaded, path, meta
-
-
-def fitting(tokenizer, model: GPT, source: object):
-    """`tokenizer`, unless it has ids that the model does not know: then a UserError."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{source} has a vocabulary of {model.config.vocab_size}, too few for its tokenizer's "
-            f"{tokenizer.vocab_size}; put the meta.pkl or meta.json of its data set into data/NAME"
-        )
-    return tokenizer
+# Texts
 
 
 def generate(
@@ -123,37 +88,39 @@ def generate(
     window_stride: int | None = None,
     sample_batch: int = 64,
     compile: bool = False,
-    on_tokens: Callable[[torch.Tensor], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
+    on_texts: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
-    """`num_samples` texts for each prompt, prompts first, drawn on the model's device.
+    """`num_samples` texts for each prompt, those of the first prompt first, each with its prompt.
 
-    Sample i of a prompt depends on the seed and on i, not on what else is drawn: in one batch or
-    one at a time the text is the same. `on_tokens` is called with the ids (B,) of each step. Raises
-    UserError for a prompt that the tokenizer can't encode.
+    The model draws them on its device. Sample i of a prompt depends on the seed and on i, not on
+    what else is drawn: in one batch or one at a time, the text is the same. `on_tokens` is called
+    with the ids (B,) of each step, `on_texts` with the texts of each batch when they are finished.
+    Raises UserError for a prompt that can't be encoded.
     """
     device = next(model.parameters()).device
-    encoded = [torch.as_tensor(encode(tokenizer, prompt), device=device) for prompt in prompts]
+    encoded = [torch.as_tensor(encode_prompt(tokenizer, p), device=device) for p in prompts]
     jobs = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
     texts = []
     for first in range(0, len(jobs), sample_batch):
         batch = jobs[first : first + sample_batch]
         uniforms = torch.stack([uniform(seed, s, max_new_tokens) for _, s in batch], dim=1)
-        whole = len({p for p, _ in batch}) == 1  # one prompt: computed once for all its samples
-        rows = [encoded[batch[0][0]]] if whole else [encoded[p] for p, _ in batch]
-        drawn = []
-        for ids in stream(
+        shared = len({p for p, _ in batch}) == 1  # one prompt: computed once for all its samples
+        steps = stream(
             model,
-            rows,
-            len(batch) if whole else 1,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            tokenizer.vocab_size,  # ids from there on pad the model's vocabulary: they mean nothing
-            window_stride,
-            uniforms.to(device),
-            compile,
-        ):
+            [encoded[batch[0][0]]] if shared else [encoded[p] for p, _ in batch],
+            num_samples=len(batch) if shared else 1,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            vocab_size=tokenizer.vocab_size,  # ids beyond it only pad the model's vocabulary
+            window_stride=window_stride,
+            uniforms=uniforms.to(device),
+            compile=compile,
+        )
+        drawn = []
+        for ids in steps:
             drawn.append(ids)
             if on_tokens:
                 on_tokens(ids)
@@ -161,34 +128,22 @@ def generate(
                 break
         new = decode(tokenizer, drawn) if drawn else [""] * len(batch)
         new = [text.split(stop)[0] if stop else text for text in new]
-        texts += [prompts[p] + text for (p, _), text in zip(batch, new, strict=True)]
+        finished = [prompts[p] + text for (p, _), text in zip(batch, new, strict=True)]
+        texts += finished
+        if on_texts:
+            on_texts(finished)
     return texts
 
 
-def decode(tokenizer, drawn: list[torch.Tensor]) -> list[str]:
+def decode(tokenizer, drawn: list[Tensor]) -> list[str]:
+    """The texts of B rows, from the ids (B,) of each step."""
     return [tokenizer.decode(row) for row in torch.stack(drawn, dim=1).tolist()]
 
 
-def uniform(seed: int, sample: int, n: int) -> torch.Tensor:
+def uniform(seed: int, sample: int, n: int) -> Tensor:
     """n random numbers in (0, 1], float32, that depend on nothing but the arguments."""
     bits = random_bits(seed, SAMPLE, 0, sample, n) >> 40  # 24 of them
     return torch.from_numpy(((bits + 1) / 2**24).astype("float32"))
-
-
-def encode(tokenizer, prompt: str):
-    """The ids of a prompt. An empty one is what a document begins with: GPT-2's end of text, or a
-    newline. Raises UserError if the tokenizer knows neither."""
-    if prompt:
-        return tokenizer.encode(prompt)
-    if hasattr(tokenizer, "eot"):
-        return [tokenizer.eot]
-    try:
-        return tokenizer.encode("\n")
-    except UserError as error:
-        raise UserError(
-            "the prompt is empty, and this tokenizer has no newline to begin with; pass some text, "
-            'e.g. --start="The"'
-        ) from error
 
 
 # ----------------------------------------------------------------------------
@@ -196,16 +151,23 @@ def encode(tokenizer, prompt: str):
 
 
 def read_prompts(start: str) -> list[str]:
-    """The prompts that `start` is, or that the file or folder which it names holds."""
+    """The prompt `start`, or the prompts in the file or folder that it names."""
     kind, _, name = start.partition(":")
     if kind not in ("FILE", "LINES", "FILES"):
         return [start]
     path = Path(name)
     paths = sorted(p for p in path.glob("*") if p.is_file()) if kind == "FILES" else [path]
-    try:
-        texts = [p.read_text(encoding="utf-8") for p in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} can't be read as UTF-8 text: {error}") from error
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"prompt file {path} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"prompt file {path} is not UTF-8 text, from byte {error.start + 1} on; convert it "
+                f"with  iconv -f latin1 -t utf-8 {path} > NEW.txt"
+            ) from error
     if kind == "LINES":
         texts = [line for line in texts[0].splitlines() if line]
     if not texts:
@@ -214,126 +176,148 @@ def read_prompts(start: str) -> list[str]:
 
 
 class Live:
-    """Shows text as it is drawn, in whole characters: a token may be a part of one."""
+    """Prints one text while its tokens are drawn, as far as later tokens can't change it."""
 
     def __init__(self, tokenizer, stop: str | None):
         self.tokenizer, self.stop = tokenizer, stop
-        self.pending, self.held, self.ended = [], "", False
+        self.ids, self.n_printed = [], 0
 
-    def __call__(self, ids: torch.Tensor) -> None:
-        self.pending.append(int(ids[0]))
-        text = self.tokenizer.decode(self.pending)
-        if text.endswith("\ufffd") and len(self.pending) < 4:
-            return
-        self.pending = []
-        self.show(text)
+    def add(self, ids: Tensor) -> None:
+        self.ids += ids.tolist()
+        self.show(settled(self.tokenizer.decode(self.ids), self.stop))
 
-    def show(self, text: str, last: bool = False) -> None:
-        self.held += text
-        if self.ended:
-            return
-        keep = 0  # characters that may be the beginning of the stop text
-        if self.stop:
-            before, found, _ = self.held.partition(self.stop)
-            if found:
-                self.held, self.ended = before, True
-            elif not last:
-                ends = (
-                    n for n in range(len(self.stop) - 1, 0, -1) if self.held.endswith(self.stop[:n])
-                )
-                keep = next(ends, 0)
-        end = len(self.held) - keep
-        print(self.held[:end], end="", flush=True)
-        self.held = self.held[end:]
-
-    def end(self) -> None:
-        self.show(self.tokenizer.decode(self.pending), last=True)
+    def show(self, text: str) -> None:
+        """Print what is new in `text`, which begins with all that was printed."""
+        print(text[self.n_printed :], end="", flush=True)
+        self.n_printed = max(self.n_printed, len(text))
 
 
-def write(texts: list[str], config: Config, prompts: list[str]) -> None:
-    """To stdout, each text with a ruler below it, or to the file `out`."""
-    if config.out is None:
-        for text in texts:
-            print(text)
-            print("---------------")
-        return
-    rows = [
-        {"prompt": prompts[i // config.num_samples], "sample": i % config.num_samples, "text": text}
-        for i, text in enumerate(texts)
-    ]
-    try:
-        with open(config.out, "w", encoding="utf-8") as file:
-            for row in rows:
-                jsonl = config.out.endswith(".jsonl")
-                file.write((json.dumps(row) if jsonl else row["text"] + "\n" + 15 * "-") + "\n")
-    except OSError as error:
-        raise UserError(f"out={config.out} can't be written: {error.strerror}") from error
+def settled(text: str, stop: str | None) -> str:
+    """`text` up to `stop`, or without an end that may be part of a character or of `stop`."""
+    if stop and stop in text:
+        return text.split(stop)[0]
+    text = text.rstrip("\ufffd")  # a token may hold some bytes of a character only
+    begun = (n for n in range(len(stop or ""), 0, -1) if text.endswith(stop[:n]))
+    return text[: len(text) - next(begun, 0)]
+
+
+class Output:
+    """Shows what is being drawn, and writes each batch of texts when it is finished.
+
+    A single text for a terminal appears there token by token; else a bar counts the tokens.
+    """
+
+    def __init__(self, config: Config, prompts: list[str], tokenizer):
+        self.config, self.prompts = config, prompts
+        self.n_tokens, self.n_texts = 0, 0  # drawn, and written, so far
+        self.total = len(prompts) * config.num_samples
+        self.live = None
+        if self.total == 1 and config.out is None and sys.stdout.isatty():
+            self.live = Live(tokenizer, config.stop)
+            print(prompts[0], end="", flush=True)
+        hide_bar = True if self.live else None  # None: hidden unless stderr is a terminal
+        n = self.total * config.max_new_tokens
+        self.bar = tqdm(total=n, unit="token", leave=False, disable=hide_bar)
+
+    def add_tokens(self, ids: Tensor) -> None:
+        self.n_tokens += len(ids)
+        self.bar.update(len(ids))
+        if self.live:
+            self.live.add(ids)
+
+    def add_texts(self, texts: list[str]) -> None:
+        self.bar.clear()
+        if self.live:
+            self.live.show(texts[0].removeprefix(self.prompts[0]))
+            print(RULER)
+        elif self.config.out is None:
+            print("\n".join(text + RULER for text in texts), flush=True)
+        else:
+            self.write(texts)
+        self.n_texts += len(texts)
+
+    def write(self, texts: list[str]) -> None:
+        """Write a batch to the file `out`: the first one replaces it, and others join it."""
+        path, n = Path(self.config.out), self.config.num_samples
+        lines = [text + RULER for text in texts]
+        if path.suffix == ".jsonl":
+            lines = [
+                json.dumps({"prompt": self.prompts[i // n], "sample": i % n, "text": text})
+                for i, text in enumerate(texts, self.n_texts)
+            ]
+        try:
+            joins = self.n_texts > 0
+            with path.open("a", encoding="utf-8") if joins else whole_file(path.resolve()) as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            raise UserError(f"out={path} can't be written: {error.strerror}") from error
 
 
 def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
-    configurator.check_rules(vars(config))
-    if config.out is not None and not config.out.endswith((".txt", ".jsonl")):
-        raise UserError(f"out={config.out} must end in .txt or .jsonl")
+    if config.out is not None:
+        if not config.out.endswith((".txt", ".jsonl")):
+            raise UserError(f"out={config.out} must end in .txt or .jsonl")
+        folder = Path(config.out).absolute().parent
+        if not os.access(folder, os.W_OK):  # said before the work, not after it
+            raise UserError(f"out={config.out} can't be written; try  mkdir -p {folder}")
+    check_utf8(config.stop or "", "stop")
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
     model, tokenizer = load(
-        config.out_dir, config.checkpoint, config.init_from, attn_impl=config.attn_impl
+        config.out_dir,
+        config.checkpoint,
+        config.init_from,
+        config.data_dir,
+        attn_impl=config.attn_impl,
     )
     model.to(rt.device, getattr(torch, rt.dtype))  # the weights are cast once, not at each step
     block_size = model.config.block_size
-    longest = max(len(encode(tokenizer, prompt)) for prompt in prompts)
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     if longest > block_size:
-        told = f"a prompt has {longest} tokens: only the last {block_size} (block_size) are seen"
-        print(told, file=sys.stderr)
+        print(
+            f"a prompt has {longest} tokens: the model sees only the last {block_size} of them "
+            "(block_size)",
+            file=sys.stderr,
+        )
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-
-    n_texts = len(prompts) * config.num_samples
-    live, bar, on_tokens = None, None, None
-    if n_texts == 1 and config.out is None and sys.stdout.isatty():
-        on_tokens = live = Live(tokenizer, config.stop)
-        print(prompts[0], end="", flush=True)
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(total=n_texts * config.max_new_tokens, unit="token", leave=False)
-        on_tokens = lambda ids: bar.update(len(ids))  # noqa: E731
-
-    drawn = 0
-
-    def count(ids):
-        nonlocal drawn
-        drawn += len(ids)
-        if on_tokens:
-            on_tokens(ids)
+    output = Output(config, prompts, tokenizer)
 
     started = time.perf_counter()
-    texts = generate(
-        model,
-        tokenizer,
-        prompts,
-        config.num_samples,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        config.stop,
-        config.seed,
-        config.window_stride,
-        config.sample_batch,
-        rt.compile,
-        count,
-    )
+    with runtime.Interrupt() as interrupt, suppress(KeyboardInterrupt):
+
+        def on_tokens(ids: Tensor) -> None:
+            output.add_tokens(ids)
+            if interrupt.signal:  # here, so that no batch is written in part
+                raise KeyboardInterrupt
+
+        generate(
+            model,
+            tokenizer,
+            prompts,
+            num_samples=config.num_samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            stop=config.stop,
+            seed=config.seed,
+            window_stride=config.window_stride,
+            sample_batch=config.sample_batch,
+            compile=rt.compile,
+            on_tokens=on_tokens,
+            on_texts=output.add_texts,
+        )
+    output.bar.close()
+    if interrupt.signal:
+        if output.live:
+            print()
+        print(f"stopped: {output.n_texts} of {output.total} texts are written", file=sys.stderr)
+        sys.exit(128 + interrupt.signal)
     rt.synchronize()
     seconds = time.perf_counter() - started
-    if live:
-        live.end()
-        print("\n---------------")
-    else:
-        if bar:
-            bar.close()
-        write(texts, config, prompts)
-    print(f"{drawn:,} tokens, {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
+    n = output.n_tokens
+    print(f"{n:,} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluation: every token of a split once, and numbers that another computation confirms."""
+"""evaluate.py: every token of a split once, and numbers that another computation confirms."""
 
 import json
 import math
@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, Failed, subprocess_run
 from torch.nn import functional as F
 
-import evaluate
 from data.tokenizer import CharTokenizer
-from engine import runtime
+from engine import scoring
+from engine.loading import load
+from engine.runtime import Runtime
 from model import GPT, GPTConfig
 
 PASSAGES = ["the cat sat on the mat", "a dog ran to the cat", "the mat"]
@@ -51,13 +52,13 @@ def target_by_target(logits_of, ids, T, stride):
     return nll
 
 
-@pytest.mark.parametrize("stride", [1, 5, 8, 16])
+@pytest.mark.parametrize("stride", [1, 5, 16])
 def test_transformers_computes_the_same(run, tmp_path, gpt2_folder, stride):
     ids = np.random.default_rng(0).integers(0, 50257, 75).tolist()
     write_split(
         tmp_path / "data" / "some", "test", ids, vocab_size=50257, test_words=40, test_bytes=300
     )
-    run("train", "EVAL", "--init_from=hf", "--datasets=some", "--data_dir=data", "--batch_size=3",
+    run("evaluate", "--init_from=hf", "--datasets=some", "--data_dir=data", "--batch_size=3",
         f"--eval_stride={stride}", "--out_dir=e", "--device=cpu")  # fmt: skip
     with torch.no_grad():
         nll = target_by_target(lambda x: gpt2_folder(x).logits, ids, 16, stride)
@@ -72,10 +73,8 @@ def test_transformers_computes_the_same(run, tmp_path, gpt2_folder, stride):
 @pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
 def test_characters_of_a_trained_model(run_train, run, tmp_path, data_dir, attn_type):
     run_train("--out_dir=run", f"--attn_type={attn_type}")
-    out = run("train", "EVAL", "--out_dir=run", "--datasets=abc", f"--data_dir={data_dir}")
+    out = run("evaluate", "--out_dir=run", f"--data_dir={data_dir}")  # the run's own data set
     row = results(tmp_path / "run")["abc"]
-    from sample import load
-
     model, tokenizer = load(tmp_path / "run")
     ids = np.fromfile(data_dir / "abc" / "val.bin", "<u2").tolist()
     with torch.no_grad():
@@ -86,11 +85,23 @@ def test_characters_of_a_trained_model(run_train, run, tmp_path, data_dir, attn_
     assert re.search(rf"abc +val +{len(nll)} +{row['loss']:.4f}", out)
 
 
+def test_a_checkpoint_of_nanogpt_is_evaluated_on_its_data_set(run, tmp_path, data_dir):
+    V = json.loads((data_dir / "abc" / "meta.json").read_text())["vocab_size"]
+    args = dict(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=V)
+    checkpoint = {"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args}
+    torch.save({**checkpoint, "config": {"dataset": "abc"}}, tmp_path / "ckpt.pt")
+    run("evaluate", "--out_dir=.", "--data_dir=data", "--device=cpu")
+    assert results(tmp_path)["abc"]["loss"] == pytest.approx(math.log(V), abs=0.2)
+    checkpoint["config"] = {"dataset": "nowhere"}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run("evaluate", "--out_dir=.", "--data_dir=data", "--device=cpu", "--datasets=abc")
+
+
 @pytest.mark.parametrize("T, stride", [(16, 16), (16, 5), (16, 1), (16, 40), (4, 2), (1, 1)])
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 75])
 def test_every_target_is_scored_once(n, T, stride):
     scored = []
-    for first, last, begin in evaluate.strided(n, T, stride):
+    for first, last, begin in scoring.strided(n, T, stride):
         assert 0 < last - first <= T
         assert first == 0 or begin >= min(T - 1, T - stride)
         scored += range(first + begin + 1, last + 1)
@@ -101,11 +112,11 @@ def test_the_last_word_is_guessed_or_not():
     tokenizer = CharTokenizer("".join(sorted(set("".join(PASSAGES)) | {"\n"})))
     tokenizer.eot = tokenizer.encode("\n").item()
     tokens = tokenizer.encode("\n".join(PASSAGES))
-    found = evaluate.passages(tokens, tokenizer, 64)
-    texts = [tokenizer.decode(tokens[first : last + 1]) for (first, last, _), _ in found]
-    assert texts == PASSAGES and [n for _, n in found] == [3, 3, 3]
-    (short, n), *_ = evaluate.passages(tokens, tokenizer, 5)
-    assert tokenizer.decode(tokens[short[0] : short[1] + 1]) == "he mat" and n == 3
+    windows, last_words = scoring.passages(tokens, tokenizer, 64)
+    texts = [tokenizer.decode(tokens[first : last + 1]) for first, last, _ in windows]
+    assert texts == PASSAGES and last_words == [3, 3, 3]
+    (first, last, _), *_ = scoring.passages(tokens, tokenizer, 5)[0]
+    assert tokenizer.decode(tokens[first : last + 1]) == "he mat"
 
     class Oracle(GPT):  # knows that "a" follows "m" and "c", and "t" follows "a", and that is all
         def hidden(self, idx, pos, cache=None):
@@ -119,10 +130,9 @@ def test_the_last_word_is_guessed_or_not():
     V = len(tokenizer.chars)
     model = Oracle(GPTConfig(64, V, 1, 1, V))
     torch.nn.init.eye_(model.lm_head.weight)
-    rt = runtime.Runtime("cpu", "float32", False)
-    windows, last_words = [window for window, _ in found], [n for _, n in found]
-    task = evaluate.Task("x", "test", tokens, windows, None, last_words)
-    sums = evaluate.score(model, task, 2, rt)
+    rt = Runtime("cpu", "float32", False)
+    task = scoring.Task("x", "test", tokens, windows, None, last_words)
+    sums = scoring.score(model, task, 2, rt)
     assert sum(s[2] for s in sums) == 2  # "mat" twice; "cat" would have needed a "c"
     assert sum(s[1] for s in sums) == len("".join(PASSAGES)) - 3
 
@@ -135,8 +145,8 @@ def test_a_last_word_of_several_tokens_is_whole():
             return "".join(self.pieces[i] for i in ids)
 
     tokens = np.array([1, 2, 3, 4, 0, 1, 6, 7, 0, 1])  # the cat sat <> the mat \n <> the
-    assert evaluate.passages(tokens, Pieces(), 64) == [((0, 3, 0), 2), ((5, 7, 0), 2)]
-    assert evaluate.passages(tokens, Pieces(), 1) == [((2, 3, 0), 1), ((6, 7, 0), 1)]
+    assert scoring.passages(tokens, Pieces(), 64) == ([(0, 3, 0), (5, 7, 0)], [2, 2])
+    assert scoring.passages(tokens, Pieces(), 1) == ([(2, 3, 0), (6, 7, 0)], [1, 1])
 
 
 def test_last_words_are_told_apart_from_the_rest(run, run_train, tmp_path, data_dir):
@@ -146,10 +156,8 @@ def test_last_words_are_told_apart_from_the_rest(run, run_train, tmp_path, data_
     tokenizer = CharTokenizer(meta["chars"])
     ids = tokenizer.encode(" ".join(PASSAGES[:1]))
     write_split(data_dir / "last", "test", ids, **{**meta, "last_word": True})
-    out = run("train", "EVAL", "--out_dir=run", "--datasets=last", f"--data_dir={data_dir}")
+    out = run("evaluate", "--out_dir=run", "--datasets=last", f"--data_dir={data_dir}")
     row = results(tmp_path / "run")["last"]
-    from sample import load
-
     model, _ = load(tmp_path / "run")
     ids = torch.from_numpy(ids[-17:].astype(np.int64))  # the last 16 targets
     targets = ids[1:]
@@ -173,20 +181,25 @@ def test_other_data_and_batches_than_the_runs_may_be_evaluated(run, run_train, t
         run_train("--out_dir=run", "--init_from=resume", "--dataset=other", "--batch_size=2")
 
 
-def test_rows_stay_while_the_model_does(run, run_train, tmp_path, data_dir):
+def test_train_and_evaluate_write_the_same_rows_which_stay_while_the_model_does(
+    run, run_train, tmp_path, data_dir
+):
     run_train("--out_dir=run", "--attn_type=SM")
     meta = json.loads((data_dir / "abc" / "meta.json").read_text())
     del meta["train_tokens"], meta["val_tokens"]
     write_split(data_dir / "two", "val", [1, 2, 3], **meta)
     write_split(data_dir / "one", "val", [1], **meta)
-    args = ["EVAL", "--out_dir=run", f"--data_dir={data_dir}"]
-    run("train", *args, "--datasets=abc")
-    run("train", *args, "--datasets=two")
+    args = ["--out_dir=run", f"--data_dir={data_dir}"]
+    run("train", "EVAL", *args, "--datasets=abc")
+    by_train = results(tmp_path / "run")["abc"]
+    run("evaluate", *args, "--datasets=two,abc")
     assert results(tmp_path / "run").keys() == {"abc", "two"}
-    run("train", *args, "--datasets=two", "--init_from=finetune", "--attn_type=GK")
+    by_evaluate = results(tmp_path / "run")["abc"]
+    assert {**by_train, "seconds": 0} == {**by_evaluate, "seconds": 0}
+    run("train", "EVAL", *args, "--datasets=two", "--init_from=finetune", "--attn_type=GK")
     assert results(tmp_path / "run").keys() == {"two"}
     with pytest.raises(Failed, match="one: .* has nothing to predict"):
-        run("train", *args, "--datasets=one")
+        run("evaluate", *args, "--datasets=one")
 
 
 def test_logits_are_never_rounded_to_bfloat16(monkeypatch):
@@ -195,9 +208,9 @@ def test_logits_are_never_rounded_to_bfloat16(monkeypatch):
     x, y = torch.randint(50, (2, 3, 16))
     hidden = 20 * torch.randn(3, 16, 16)
     monkeypatch.setattr(model, "hidden", lambda idx, pos: hidden)
-    exact = evaluate.token_scores(model, x, y)
+    exact = scoring.token_scores(model, x, y)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = evaluate.token_scores(model, x, y)
+        rounded = scoring.token_scores(model, x, y)
     assert torch.equal(exact[0], rounded[0]) and torch.equal(exact[1], rounded[1])
 
 
@@ -205,11 +218,10 @@ def test_what_is_not_there_is_a_line_and_the_others_go_on(
     run, run_train, tmp_path, data_dir, capsys
 ):
     run_train("--out_dir=run")
-    args = ["EVAL", "--out_dir=run", f"--data_dir={data_dir}"]
     write_split(data_dir / "other", "val", [0, 1, 2], vocab_size=3)
     write_split(data_dir / "large", "val", [0, 1, 2], vocab_size=300)
     with pytest.raises(Failed) as failed:
-        run("train", *args, "--datasets=none,large,abc,ptb")
+        run("evaluate", "--out_dir=run", f"--data_dir={data_dir}", "--datasets=none,large,abc,ptb")
     lines = failed.value.stderr.splitlines()
     assert failed.value.code == 2 and len(lines) == 3
     assert "there is no data set 'none'" in lines[0] and "vocab_size=300" in lines[1]
@@ -220,27 +232,61 @@ def test_what_is_not_there_is_a_line_and_the_others_go_on(
     assert not (tmp_path / "run2").exists()
 
 
-def test_two_ranks_get_the_sums_of_one(run, run_train, tmp_path, data_dir):
+def test_the_ranks_share_the_windows_and_their_sums_add_up():
+    class Rank(Runtime):
+        def sum(self, values):  # without the other rank's
+            return values.tolist()
+
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(16, 50, 1, 2, 16)), np.random.default_rng(0).integers(0, 50, 75)
+    windows = scoring.strided(75, 16, 5)
+    task = scoring.Task("x", "val", tokens, windows, 5, [0] * len(windows))
+    one = scoring.score(model, task, 2, Runtime("cpu", "float32", False))
+    first, second = (
+        scoring.score(model, task, 2, Rank("cpu", "float32", False, rank, world_size=2))
+        for rank in range(2)
+    )
+    assert all(any(a) != any(b) for a, b in zip(first, second, strict=True))  # one rank's each
+    assert (torch.tensor(first) + torch.tensor(second)).tolist() == torch.tensor(one).tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_table_and_the_same_row(run, run_train, tmp_path, data_dir):
     run_train("--out_dir=run", "--attn_type=GK")
-    args = ["EVAL", "--out_dir=run", "--datasets=abc", f"--data_dir={data_dir}", "--device=cpu"]
-    run("train", *args)
+    args = ["--out_dir=run", "--datasets=abc", f"--data_dir={data_dir}", "--device=cpu"]
+    run("evaluate", *args)
     one = results(tmp_path / "run")["abc"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess_run(*launch, ROOT / "train.py", *args, cwd=tmp_path, env=env)
+    done = subprocess_run(*launch, ROOT / "evaluate.py", *args, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("abc") == 1
     two = results(tmp_path / "run")["abc"]
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--init_from=gpt2"], "datasets is not set; name some, e.g. --datasets="),
+        (["--out_dir=nowhere"], "no checkpoint nowhere"),
+        (["eval_gpt2", "--eval_only=False"], "run train.py instead"),
+        (["--checkpoint=../ckpt.pt"], "file name inside out_dir"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_one_line(run, args, message):
+    with pytest.raises(Failed, match=message) as failed:
+        run("evaluate", *args)
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
 def test_scores_do_not_depend_on_how_the_vocabulary_is_cut(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 50, 1, 2, 16)).eval()
     x, y = torch.randint(50, (2, 3, 16))
-    whole = evaluate.token_scores(model, x, y)
-    monkeypatch.setattr(evaluate, "LOGITS", 100)
-    cut = evaluate.token_scores(model, x, y)
+    whole = scoring.token_scores(model, x, y)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 100)
+    cut = scoring.token_scores(model, x, y)
     torch.testing.assert_close(whole[0], cut[0])
     expected = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), reduction="none")
     torch.testing.assert_close(whole[0].flatten(), expected)

@@ -2,15 +2,16 @@
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Failed, subprocess_run
+from conftest import ROOT, Failed
 
 import export
 import sample
-from data import dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 from engine import checkpoint as ckpt
 from model import GPT, GPTConfig
@@ -33,23 +34,44 @@ def gpt2_files(monkeypatch):
 
 
 @pytest.fixture
-def exported(run, tmp_path):
-    """Save a random model and export it: exported(vocab_size=..., ...) -> the model, the folder."""
+def saved(tmp_path):
+    """Save a random model in tmp_path: saved(vocab_size=..., ...) -> the model."""
 
-    def call(meta=CHAR, folder="hf", change=lambda model: None, **args):
+    def call(meta=CHAR, change=lambda model: None, **args):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**ARGS, "vocab_size": len(CHARS), **args})).eval()
         with torch.no_grad():
             for p in model.parameters():  # far from its initial values, biases too
                 p.add_(torch.randn_like(p) * 0.1)
             change(model)
-        saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
-        ckpt.save({**saved, "tokenizer": meta}, tmp_path)
+        checkpoint = {"model": model.state_dict(), "model_args": model.config.model_args()}
+        ckpt.save({**checkpoint, "tokenizer": meta}, tmp_path)
+        return model
+
+    return call
+
+
+@pytest.fixture
+def exported(saved, run, tmp_path):
+    """Save a random model and export it: exported(vocab_size=..., ...) -> the model, the folder."""
+
+    def call(*args, folder="hf", **kwargs):
+        model = saved(*args, **kwargs)
         merge = ["--merge"] if model.config.lora_rank else []
         run("export", "--out_dir=.", f"--to={folder}", *merge)
         return model, tmp_path / folder
 
     return call
+
+
+def export_again(monkeypatch, capsys, *args):
+    """Export what lies in the current folder to `again`; returns the one line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["export.py", "--out_dir=.", "--to=again", *args])
+    capsys.readouterr()
+    export.main()
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    return stderr
 
 
 def assert_same(logits, expected, tolerance=1e-6):
@@ -93,7 +115,7 @@ def test_transformers_computes_the_same_logits_and_so_does_what_comes_back(expor
 
 @pytest.mark.parametrize("attn_type", ["GK", "GKpoly-4", "PA_relu"])
 def test_other_attentions_come_back_with_a_warning_about_transformers(
-    exported, tmp_path, attn_type
+    exported, monkeypatch, capsys, attn_type
 ):
     args = {"bias": False, "pa_length": 24, "pa_length_power": 0.5, "vocab_size": 64}
     model, folder = exported(attn_type=attn_type, **args)
@@ -103,8 +125,7 @@ def test_other_attentions_come_back_with_a_warning_about_transformers(
         assert getattr(again.config, key) == getattr(model.config, key)
     written = json.loads((folder / "config.json").read_text())
     assert ("pa_length" in written) == (attn_type == "PA_relu")
-    done = subprocess_run(ROOT / "export.py", f"--out_dir={tmp_path}", f"--to={tmp_path / 'again'}")
-    assert done.stderr.count("\n") == 1 and "transformers would compute softmax" in done.stderr
+    assert "transformers would compute softmax" in export_again(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -151,14 +172,15 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_character_tokenizer_is_the_same_in_transformers(exported, text):
+def test_the_character_tokenizer_is_the_same_in_transformers(exported):
     folder = exported()[1]
     ours, hf = CharTokenizer(CHARS), transformers.AutoTokenizer.from_pretrained(folder)
-    assert hf.encode(text) == ours.encode(text).tolist()
-    assert hf.decode(hf.encode(text)) == text and len(hf) == ours.vocab_size
-    with pytest.raises(Exception, match="UNK"):  # as for ours, no id means an unknown character
-        hf.encode(text + "Q")
+    assert len(hf) == ours.vocab_size
+    for text in TEXTS:
+        assert hf.encode(text) == ours.encode(text).tolist()
+        assert hf.decode(hf.encode(text)) == text
+        with pytest.raises(Exception, match="UNK"):  # ours refuses unknown characters too
+            hf.encode(text + "Q")
 
 
 def test_every_character_is_a_token_whatever_it_is(exported):
@@ -191,7 +213,7 @@ def test_the_folder_is_sampled_and_trained_as_what_it_was(exported, run, tmp_pat
     args = ["--start=the", "--num_samples=1", "--max_new_tokens=30", "--device=cpu"]
     args += ["--dtype=float32", "--temperature=0"]
     assert run("sample", "--init_from=hf", *args) == run("sample", "--out_dir=.", *args)
-    args = ["--init_from=hf", "--dataset=abc", f"--data_dir={data_dir}", "--max_iters=1"]
+    args = ["--init_from=hf", "--dataset=abc", f"--data_dir={data_dir}", "--max_iters=0"]
     args += ["--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1", "--device=cpu"]
     for more, expected in (
         ([], ("PA_relu", 16)),
@@ -204,18 +226,32 @@ def test_the_folder_is_sampled_and_trained_as_what_it_was(exported, run, tmp_pat
         assert (config.attn_type, config.pa_length) == expected, more
 
 
-def test_a_model_without_a_known_tokenizer_keeps_its_whole_vocabulary(
-    run, tmp_path, data_dir, monkeypatch
+def test_without_its_tokenizer_the_whole_vocabulary_is_exported(
+    run, tmp_path, data_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(dataset, "DATA_DIR", data_dir)
     (data_dir / "abc" / "meta.json").write_text('{"vocab_size": 20, "dtype": "uint16"}')
     model = GPT(GPTConfig(**ARGS, vocab_size=24))
+    for dataset, folder in (("abc", data_dir), ("nowhere", data_dir), ("nowhere", None)):
+        saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
+        torch.save({**saved, "config": {"dataset": dataset}}, tmp_path / "ckpt.pt")
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        monkeypatch.chdir(tmp_path)
+        stderr = export_again(monkeypatch, capsys, *[f"--data_dir={folder}"] * bool(folder))
+        assert "again has no tokenizer: the tokenizer of ckpt.pt is not known: it was" in stderr
+        assert f"trained on data set {dataset}" in stderr
+        files = {path.name for path in (tmp_path / "again").iterdir()}
+        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert GPT.from_pretrained(str(tmp_path / "again")).config.vocab_size == 24
+
+
+def test_the_tokenizer_of_a_nanogpt_checkpoint_comes_from_data_dir(run, tmp_path, data_dir):
+    meta = json.loads((data_dir / "abc" / "meta.json").read_text())
+    model = GPT(GPTConfig(**ARGS, vocab_size=meta["vocab_size"]))
     saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
     torch.save({**saved, "config": {"dataset": "abc"}}, tmp_path / "ckpt.pt")
-    run("export", "--out_dir=.", "--to=hf")
-    files = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
-    assert GPT.from_pretrained(str(tmp_path / "hf")).config.vocab_size == 24
+    run("export", "--out_dir=.", "--to=hf", f"--data_dir={data_dir}")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert hf.decode(range(meta["vocab_size"])) == meta["chars"]
 
 
 @pytest.mark.parametrize(
@@ -230,8 +266,8 @@ def test_a_model_without_a_known_tokenizer_keeps_its_whole_vocabulary(
         (["--to=new", "--checkpoint=../ckpt.pt"], "file name inside out_dir"),
     ],
 )
-def test_what_can_not_be_exported_is_one_line(exported, run, tmp_path, args, said):
-    exported()
+def test_what_can_not_be_exported_is_one_line(saved, run, tmp_path, args, said):
+    saved()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     (tmp_path / "file").write_text("")
@@ -242,15 +278,15 @@ def test_what_can_not_be_exported_is_one_line(exported, run, tmp_path, args, sai
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_adapters_are_folded_in_when_that_is_asked_for(exported, run):
-    exported(lora_rank=2)
+def test_adapters_are_folded_in_when_that_is_asked_for(saved, run):
+    saved(lora_rank=2)
     with pytest.raises(Failed, match="ckpt.pt has adapters; pass --merge to fold them"):
         run("export", "--out_dir=.", "--to=other")
 
 
-def test_a_full_disk_leaves_nothing_behind(exported, run, tmp_path):
+def test_a_full_disk_leaves_nothing_behind(saved, run, tmp_path):
     resource = pytest.importorskip("resource")
-    exported()
+    saved()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:

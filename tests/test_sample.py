@@ -1,6 +1,11 @@
-"""sample.py: text from a checkpoint alone, from GPT-2's files, and prompts it can't use."""
+"""sample.py: texts of a checkpoint or of GPT-2, prompts that can't be used, where texts go."""
 
 import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,49 +14,49 @@ from conftest import ROOT, Failed, subprocess_run
 import sample
 from configurator import UserError
 from data.tokenizer import CharTokenizer
-from engine import checkpoint as ckpt
+from engine.loading import encode_prompt
 from model import GPT, GPTConfig
 
-SHORT = ["--num_samples=2", "--max_new_tokens=30", "--device=cpu", "--dtype=float32"]
+CHARS = "\n ,.abcdehmnostxyé"
+RULER = "\n---------------\n"
+SHORT = ["--num_samples=2", "--max_new_tokens=20", "--device=cpu", "--dtype=float32"]
 
 
-@pytest.fixture
-def trained(run_train, tmp_path):
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """--out_dir=OUT of a folder that holds ckpt.pt and best.pt, of two models, and nothing else."""
+    folder = tmp_path_factory.mktemp("out")
+    for seed, name in enumerate(("best.pt", "ckpt.pt")):
+        torch.manual_seed(seed)
+        args = dict(block_size=16, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)
+        model = GPT(GPTConfig(**args, attn_type="GK", dropout=0.5))
+        with torch.no_grad():  # far from its initial values, so that its texts are lively
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.2)
+        tokenizer = {"tokenizer": "char", "chars": CHARS}
+        saved = {"model": model.state_dict(), "model_args": model.config.model_args()}
+        torch.save({**saved, "tokenizer": tokenizer, "config": {}}, folder / name)
+    return f"--out_dir={folder}"
+
+
+def test_a_checkpoint_alone_is_enough(run, run_train, data_dir):
     run_train("--out_dir=run", "--attn_type=GK")
-    return tmp_path / "run"
-
-
-def test_a_checkpoint_alone_is_enough(run, trained, data_dir):
     for path in (data_dir / "abc").iterdir():
         path.unlink()
-    out = run("sample", "--out_dir=run", "--start=the", *SHORT)
-    samples = out.split("\n---------------\n")
+    samples = run("sample", "--out_dir=run", "--start=the", *SHORT).split(RULER)
     assert len(samples) == 3 and samples[2] == ""
-    assert all(text.startswith("the") and len(text) == 33 for text in samples[:2])
+    assert all(text.startswith("the") and len(text) == 23 for text in samples[:2])
     assert samples[0] != samples[1]
 
 
-def test_the_seed_decides_and_greedy_needs_none(run, trained):
+def test_the_seed_decides_and_greedy_needs_none(run, out):
     def text(*args):
-        return run("sample", "--out_dir=run", "--start=the", *SHORT, *args)
+        return run("sample", out, "--start=the", *SHORT, *args)
 
     assert text("--seed=1") == text("--seed=1") != text("--seed=2")
     greedy = text("--temperature=0", "--seed=1")
     assert greedy == text("--temperature=0", "--seed=2") == text("--top_k=1")
-
-
-def test_the_prompt_may_come_from_a_file(run, trained, tmp_path):
-    (tmp_path / "prompt.txt").write_text("the dog\n", encoding="utf-8")
-    out = run("sample", "--out_dir=run", "--start=FILE:prompt.txt", *SHORT)
-    assert out.startswith("the dog\n")
-
-
-def test_the_best_state_can_be_sampled(run, trained):
-    best, last = (
-        run("sample", "--out_dir=run", "--start=a", f"--checkpoint={name}", *SHORT)
-        for name in ("best.pt", "ckpt.pt")
-    )
-    assert best == last  # four steps in, the last is the best
+    assert text("--checkpoint=best.pt") != text()
 
 
 def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
@@ -70,23 +75,48 @@ def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
     assert len(texts) == 20 and all(len(text) == 21 for text in texts)
 
 
-def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, tmp_path, monkeypatch):
-    import pickle
+@pytest.fixture
+def nanogpt(tmp_path):
+    """Save a checkpoint as nanoGPT does in the current folder: nanogpt(dataset)."""
 
-    from data import dataset
+    def save(dataset):
+        args = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=8)
+        state = GPT(GPTConfig(**args)).state_dict()
+        state = {f"_orig_mod.{name}": weight for name, weight in state.items()}
+        checkpoint = {"model": state, "model_args": {**args, "dropout": 0.2}}
+        torch.save({**checkpoint, "config": {"dataset": dataset}}, tmp_path / "ckpt.pt")
 
+    return save
+
+
+def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, nanogpt, tmp_path):
     chars = "\nabcdefg"
-    monkeypatch.setattr(dataset, "DATA_DIR", tmp_path / "data")
+    nanogpt("old")
     (tmp_path / "data" / "old").mkdir()
-    old = {"vocab_size": 8, "itos": dict(enumerate(chars)), "stoi": {}}
-    (tmp_path / "data" / "old" / "meta.pkl").write_bytes(pickle.dumps(old))
-    args = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=8, dropout=0.2)
-    state = {f"_orig_mod.{k}": v for k, v in GPT(GPTConfig(**args)).state_dict().items()}
-    checkpoint = {"model": state, "model_args": args, "config": {"dataset": "old"}}
-    (tmp_path / "out").mkdir()
-    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
-    out = run("sample", *SHORT)
-    assert len(out) == 2 * (31 + len("\n---------------\n")) and set(out) <= set(chars + "-")
+    meta = {"vocab_size": 8, "itos": dict(enumerate(chars)), "stoi": {}}
+    (tmp_path / "data" / "old" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    texts = run("sample", "--out_dir=.", "--data_dir=data", *SHORT)
+    assert len(texts) == 2 * (21 + len(RULER)) and set(texts) <= set(chars + "-")
+
+
+@pytest.mark.parametrize(
+    "dataset, data_dir, repair",
+    [
+        ("old", None, "put its meta.pkl into .*data/old, or pass --data_dir=FOLDER .* FOLDER/old/"),
+        ("old", "elsewhere", "put its meta.pkl into elsewhere/old, "),
+        (
+            "shakespeare_char",
+            "elsewhere",
+            "run python data/shakespeare_char/prepare.py --out elsewhere/shakespeare_char, ",
+        ),
+    ],
+)
+def test_a_missing_tokenizer_is_named_with_its_data_set(run, nanogpt, dataset, data_dir, repair):
+    nanogpt(dataset)
+    folder = [f"--data_dir={data_dir}"] if data_dir else []
+    with pytest.raises(Failed, match=f"trained on data set {dataset}, and .*{repair}") as failed:
+        run("sample", "--out_dir=.", *folder, *SHORT)
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 
 def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
@@ -112,8 +142,12 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
         (["--top_p=1.5"], "top_p"),
         (["--window_stride=0"], "window_stride"),
         (["--out=texts.csv"], "must end in .txt or .jsonl"),
+        (["--out=nowhere/texts.txt"], "can't be written; try mkdir -p .*/nowhere"),
         (["--start=FILE:nothing.txt"], "nothing.txt"),
-        (["--start=FILE:latin.txt"], "UTF-8"),
+        (["--start=FILE:latin.txt"], "latin.txt is not UTF-8 text, from byte 4 on"),
+        (["--start=FILES:mixed/"], "mixed/b.txt is not UTF-8 text, from byte 4 on"),
+        (["--start=caf\udce9"], "the prompt is not UTF-8 text, from character 4 on"),
+        (["--start=the", "--stop=\udce9"], "stop is not UTF-8 text, from character 1 on"),
         (["--temperature=-1"], "temperature"),
         (["--top_k=0"], "top_k"),
         (["--num_samples=0"], "num_samples"),
@@ -121,55 +155,94 @@ def test_text_comes_from_a_gpt2_folder(run, tmp_path, monkeypatch):
         (["--checkpoint=../run/ckpt.pt"], "file name inside out_dir"),
     ],
 )
-def test_what_can_not_be_sampled_is_one_line(run, trained, tmp_path, args, said):
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+def test_what_can_not_be_sampled_is_one_line(run, out, tmp_path, args, said):
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("café", encoding="utf-8")
+    for name in ("latin.txt", "mixed/b.txt"):
+        (tmp_path / name).write_bytes("café".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(Failed, match=said) as failed:
-        run("sample", "--out_dir=run", *SHORT, *args)
+        run("sample", out, *SHORT, *args)
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 
-def test_a_prompt_per_line_or_per_file_gives_what_each_gives_alone(run, trained, tmp_path):
-    prompts = ["the cat", "a", "the dog sat on"]
-    (tmp_path / "lines.txt").write_text("\n".join(prompts) + "\n")
+def test_a_prompt_from_a_file_per_line_or_per_file_gives_what_each_gives_alone(run, out, tmp_path):
+    def texts(start, *args):
+        return run("sample", out, f"--start={start}", *SHORT, *args)
+
+    prompts = ["the cat", "a", "the cat sat on\n"]
     (tmp_path / "files").mkdir()
     for i, prompt in enumerate(prompts):
         (tmp_path / "files" / f"{i}.txt").write_text(prompt)
-    alone = "".join(run("sample", "--out_dir=run", f"--start={p}", *SHORT) for p in prompts)
-    assert alone == run("sample", "--out_dir=run", "--start=LINES:lines.txt", *SHORT)
-    assert alone == run("sample", "--out_dir=run", "--start=FILES:files/", *SHORT)
-    small = "--sample_batch=1"
-    assert alone == run("sample", "--out_dir=run", "--start=LINES:lines.txt", *SHORT, small)
+    alone = [texts(prompt) for prompt in prompts]
+    assert texts("FILE:files/2.txt") == alone[2]
+    assert texts("FILES:files/") == texts("FILES:files/", "--sample_batch=1") == "".join(alone)
+    (tmp_path / "lines.txt").write_text("the cat\n\na\n")
+    assert texts("LINES:lines.txt") == "".join(alone[:2])
 
 
-def test_texts_go_to_a_file(run, trained, tmp_path):
-    out = run("sample", "--out_dir=run", "--start=the", *SHORT)
-    assert run("sample", "--out_dir=run", "--start=the", "--out=a.txt", *SHORT) == ""
-    assert (tmp_path / "a.txt").read_text() == out
-    run("sample", "--out_dir=run", "--start=the", "--out=a.jsonl", *SHORT)
+def test_texts_go_to_a_file(run, out, tmp_path):
+    texts = run("sample", out, "--start=the", *SHORT)
+    assert run("sample", out, "--start=the", "--out=a.txt", *SHORT) == ""
+    assert (tmp_path / "a.txt").read_text("utf-8") == texts
+    run("sample", out, "--start=the", "--out=a.jsonl", *SHORT)
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in rows] == [0, 1] and rows[0]["prompt"] == "the"
-    assert "".join(row["text"] + "\n---------------\n" for row in rows) == out
+    assert "".join(row["text"] + RULER for row in rows) == texts
 
 
-def test_a_text_ends_before_the_stop(run, trained):
-    whole = run("sample", "--out_dir=run", "--start=the", *SHORT).split("\n-")[0]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_batches_that_are_finished(run, out, tmp_path, monkeypatch, number):
+    path, add_texts = tmp_path / "a.jsonl", sample.Output.add_texts
+    path.write_text("earlier\n")
+    args = [out, "--start=the", "--max_new_tokens=5", "--device=cpu", "--sample_batch=2"]
+
+    def add_and_interrupt(self, texts):
+        assert self.n_texts or path.read_text() == "earlier\n"  # until the first batch is there
+        add_texts(self, texts)
+        assert len(path.read_text().splitlines()) == self.n_texts
+        if self.n_texts == 4:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, pytest.raises(Failed) as failed:
+        patch.setattr(sample.Output, "add_texts", add_and_interrupt)
+        run("sample", *args, "--num_samples=1000", "--out=a.jsonl")
+    assert failed.value.code == 128 + number
+    assert failed.value.stderr == "stopped: 4 of 1000 texts are written\n"
+    run("sample", *args, "--num_samples=4", "--out=b.jsonl")
+    assert path.read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_finished_texts_reach_a_pipe_before_the_process_ends(out):
+    args = [out, "--num_samples=100000", "--sample_batch=1", "--max_new_tokens=5", "--device=cpu"]
+    command = [sys.executable, str(ROOT / "sample.py"), *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        begin = process.stdout.read(5)
+        process.terminate()
+        rest, stderr = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 143 and stderr.startswith("stopped: ")
+    texts = (begin + rest).split(RULER)
+    assert texts.pop() == "" and all(len(text) == 6 for text in texts)
+    assert stderr == f"stopped: {len(texts)} of 100000 texts are written\n"
+
+
+def test_a_text_ends_before_the_stop(run, out):
+    whole = run("sample", out, "--start=the", *SHORT).split(RULER)[0]
     stop = whole[10:12]
-    first = whole.index(stop, 3)
-    out = run("sample", "--out_dir=run", "--start=the", f"--stop={stop}", *SHORT)
-    assert out.split("\n-")[0] == whole[:first]
+    texts = run("sample", out, "--start=the", f"--stop={stop}", *SHORT)
+    assert texts.split(RULER)[0] == whole[: whole.index(stop, 3)]
 
 
-def test_stdout_holds_the_text_alone(trained, tmp_path):
-    args = ["--out_dir", "--start=the", "--num_samples=1", "--max_new_tokens=40", "--device=cpu"]
-    args[0] = f"--out_dir={trained}"
-    done = subprocess_run(ROOT / "sample.py", *args)
-    assert done.stdout.startswith("the") and done.stdout.endswith("\n---------------\n")
-    assert len(done.stdout.removesuffix("\n---------------\n")) == 43
-    assert "40 tokens" in done.stderr and "tokens/s" in done.stderr
-    args[1] = "--start=" + "the cat " * 4
-    told = subprocess_run(ROOT / "sample.py", *args).stderr
-    assert told.count("32 tokens: only the last 16") == 1
+def test_stdout_holds_the_text_alone(out):
+    args = [out, "--start=" + "the cat " * 4, "--num_samples=1", "--max_new_tokens=40"]
+    done = subprocess_run(ROOT / "sample.py", *args, "--device=cpu")
+    assert done.stdout.startswith("the cat") and done.stdout.endswith(RULER)
+    assert len(done.stdout.removesuffix(RULER)) == 32 + 40
+    warning, speed = done.stderr.splitlines()
+    assert "32 tokens: the model sees only the last 16" in warning
+    assert "40 tokens" in speed and "tokens/s" in speed
 
 
 def test_live_text_comes_in_whole_characters_and_ends_before_the_stop(capsys):
@@ -177,13 +250,13 @@ def test_live_text_comes_in_whole_characters_and_ends_before_the_stop(capsys):
         def decode(self, ids):
             return bytes(ids).decode("utf-8", "replace")
 
-    def shown(text, stop=None):
+    def shown(text, stop=None):  # piece by piece
         live = sample.Live(Bytes(), stop)
         parts = []
         for byte in text.encode():
-            live(torch.tensor([byte]))
+            live.add(torch.tensor([byte]))
             parts.append(capsys.readouterr().out)
-        live.end()
+        live.show(text.split(stop or "\n")[0])
         return [part for part in [*parts, capsys.readouterr().out] if part]
 
     assert shown("aé€🙂b") == ["a", "é", "€", "🙂", "b"]
@@ -194,44 +267,40 @@ def test_live_text_comes_in_whole_characters_and_ends_before_the_stop(capsys):
 
 def test_an_empty_prompt_is_what_a_document_begins_with():
     newline, none = CharTokenizer("\nab"), CharTokenizer("ab")
-    assert list(sample.encode(newline, "")) == [0]
-    assert list(sample.encode(type("BPE", (), {"eot": 50256})(), "")) == [50256]
+    assert list(encode_prompt(newline, "")) == [0]
+    assert list(encode_prompt(type("BPE", (), {"eot": 50256})(), "")) == [50256]
     with pytest.raises(UserError, match="empty"):
-        sample.encode(none, "")
+        encode_prompt(none, "")
 
 
-def test_gpt2_without_its_tokenizer_says_where_it_looks(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
-    import os
-
-    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    env |= {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    done = subprocess_run(ROOT / "sample.py", f"--init_from={tmp_path / 'hf'}", env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "TIKTOKEN_CACHE_DIR" in done.stderr
+def test_gpt2_without_its_tokenizer_says_where_it_looks(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(Failed, match="TIKTOKEN_CACHE_DIR") as failed:
+        run("sample", "--init_from=hf")
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 
 def test_importing_the_scripts_prints_nothing_and_loads_no_optional_package():
-    code = "import sys, sample, train, bench, export; "
+    code = "import sys, sample, train, bench, evaluate, export; "
     code += "optional = {'transformers', 'wandb', 'datasets', 'tiktoken', 'tokenizers'}; "
     code += "assert not optional & sys.modules.keys()"
     done = subprocess_run("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_load_and_generate_serve_a_notebook(trained):
-    model, tokenizer = sample.load(trained)
-    assert not model.training
+def test_load_and_generate_serve_a_notebook(out):
+    model, tokenizer = sample.load(out.removeprefix("--out_dir="))
+    assert not model.training and model.config.dropout == 0
     (text,) = sample.generate(model, tokenizer, ["the "], max_new_tokens=5)
     assert text.startswith("the ") and len(text) == 9
 
 
-def test_sampling_draws_from_the_model(trained):
+def test_sampling_draws_from_the_model(out):
     """At temperature 1 the first drawn character follows the model's own distribution."""
-    path = trained / "ckpt.pt"
-    model = ckpt.build_model(ckpt.load(path), path, dropout=0.0).eval()
+    model, _ = sample.load(out.removeprefix("--out_dir="))
     idx = torch.zeros(4000, 1, dtype=torch.long)
     torch.manual_seed(0)
     drawn = model.generate(idx, 1)[:, 1]

@@ -1,0 +1,264 @@
+"""
+A model's scores on whole data sets: every token of a split once, with a context that is stated.
+
+A split of N tokens is read in windows of at most T = block_size inputs that begin `stride` tokens
+apart. A window scores those of its targets that earlier windows did not score. So each token but
+the split's first is scored exactly once, and from the second window on with at least T - stride
+tokens of context. In a data set of passages whose last word is to be guessed (LAMBADA), each
+passage is a window of its own. The docstring of evaluate.py defines the numbers that are reported.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from configurator import UserError
+from data.dataset import Dataset, data_folder, held_splits
+from data.tokenizer import END_OF_TEXT, from_meta
+from engine.files import text_table, whole_file
+from engine.runtime import Runtime
+from model import GPT
+
+MAX_LOGITS = 2**24  # computed at a time: (B T, V) of a large vocabulary would need gigabytes
+HEADINGS = {
+    "loss": "loss",
+    "perplexity": "ppl",
+    "word_perplexity": "word ppl",
+    "bits_per_byte": "bits/byte",
+    "last_word_accuracy": "last word",
+    "last_word_perplexity": "its ppl",
+}
+
+# Inputs are tokens [first, last). Targets count from the one that follows input first + n_skipped.
+Window = tuple[int, int, int]  # first, last, n_skipped
+
+
+@dataclass
+class Task:
+    """What is scored of one data set."""
+
+    name: str
+    split: str
+    tokens: np.ndarray
+    windows: list[Window]
+    stride: int | None  # None: each window is a passage
+    last_words: list[int]  # length in tokens of each passage's last word; 0 for other windows
+    words: int | None = None  # in the text of the split; None: not known
+    bytes: int | None = None
+
+
+def run_evaluation(
+    model: GPT, tokenizer_meta: dict | None, about: dict, config, rt: Runtime
+) -> int:
+    """Score the data sets that config.datasets lists, and print a table. After each of them, its
+    row is written to eval.json in config.out_dir, together with `about`, which says what the model
+    is. `tokenizer_meta` describes the model's tokenizer, if that is known.
+
+    Returns the exit code. A data set that can't be scored is a line on stderr and makes the code 2;
+    the others are scored nevertheless. The config also has data_dir, eval_stride and batch_size.
+    """
+    about = {**about, "attn_type": model.config.attn_type, "dtype": rt.dtype}
+    names = dict.fromkeys(name.strip() for name in config.datasets.split(","))
+    rows = {}
+    for name in names:
+        task, message = None, ""
+        try:
+            task = new_task(model, tokenizer_meta, name, config)
+        except UserError as error:
+            message = f"{name}: {error}"
+        if messages := list(filter(None, rt.gather(message))):  # no rank may go on alone
+            if rt.is_main:
+                print(messages[0], file=sys.stderr)
+            continue
+        rows[name] = evaluate(model, task, config.batch_size, rt)
+        if rt.is_main:
+            write_rows(rows, about, Path(config.out_dir))
+    if rt.is_main and rows:
+        print(table(rows))
+    return 0 if len(rows) == len(names) else 2
+
+
+def new_task(model: GPT, tokenizer_meta: dict | None, name: str, config) -> Task:
+    """Raises UserError if the data set is missing or empty, or does not fit the model."""
+    held = held_splits(data_folder(name, config.data_dir))
+    data = Dataset(name, config.data_dir, splits=["test" if "test" in held else "val"])
+    data.check_model(model.config.vocab_size, tokenizer_meta, "the model")
+    ((split, tokens),) = data.tokens.items()
+    T = model.config.block_size
+    if data.meta.get("last_word") is True:
+        windows, last_words = passages(tokens, from_meta(data.tokenizer), T)
+        task = Task(name, split, tokens, windows, None, last_words)
+    else:
+        stride = config.eval_stride or max(1, T // 2)
+        windows = strided(len(tokens), T, stride)
+        task = Task(name, split, tokens, windows, stride, [0] * len(windows))
+        task.words, task.bytes = (data.meta.get(f"{split}_{unit}") for unit in ("words", "bytes"))
+        if task.words is None and data.tokenizer:  # nanoGPT's folders: the tokens are the text
+            with suppress(UserError):  # the tokenizer is not on this machine
+                task.words, task.bytes = words_and_bytes(tokens, from_meta(data.tokenizer))
+        elif task.words is not None and data.meta.get("line_ends") is True:
+            task.words += data.meta.get(f"{split}_lines", 0)
+    if not windows:
+        raise UserError(f"{data.folder / split}.bin has nothing to predict; prepare another text")
+    return task
+
+
+def evaluate(model: GPT, task: Task, batch_size: int, rt: Runtime) -> dict:
+    """One row of eval.json."""
+    started = time.perf_counter()
+    sums = score(model, task, batch_size, rt)
+    nll, n_scored, hits, last_nll = (math.fsum(column) for column in zip(*sums, strict=True))
+    words, n_bytes, by_passage = task.words, task.bytes, task.stride is None
+    return {
+        "split": task.split,
+        "stride": task.stride,
+        "block_size": model.config.block_size,
+        "tokens": int(n_scored),
+        "words": words,
+        "bytes": n_bytes,
+        "loss": nll / n_scored,
+        "perplexity": safe_exp(nll / n_scored),
+        "word_perplexity": safe_exp(nll / words) if words else None,
+        "bits_per_byte": nll / math.log(2) / n_bytes if n_bytes else None,
+        "last_word_accuracy": hits / len(task.windows) if by_passage else None,
+        "last_word_perplexity": safe_exp(last_nll / len(task.windows)) if by_passage else None,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def safe_exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+# ----------------------------------------------------------------------------
+# Windows
+
+
+def strided(n_tokens: int, T: int, stride: int) -> list[Window]:
+    """Windows of at most T inputs over n_tokens, `stride` apart, but never so far that a target is
+    left out. The last window ends with the last target."""
+    windows, scored = [], 0
+    while scored < n_tokens - 1:
+        first = max(0, scored - max(0, T - stride))
+        last = min(first + T, n_tokens - 1)
+        windows.append((first, last, scored - first))
+        scored = last
+    return windows
+
+
+def passages(tokens: np.ndarray, tokenizer, T: int) -> tuple[list[Window], list[int]]:
+    """A window of each passage's last T inputs, and the length in tokens of its last word."""
+    ends = np.flatnonzero(tokens == getattr(tokenizer, "eot", -1)).tolist()
+    windows, last_words, first = [], [], 0
+    for end in [*ends, len(tokens)]:
+        ids = tokens[first:end].tolist()
+        word = tokenizer.decode(ids).split()[-1:]
+        if len(ids) > 1 and word:
+            n = 1
+            while tokenizer.decode(ids[-n:]).split() != word:
+                n += 1
+            windows.append((max(first, end - 1 - T), end - 1, 0))
+            last_words.append(min(n, len(ids) - 1, T))
+        first = end + 1
+    return windows, last_words
+
+
+def words_and_bytes(tokens: np.ndarray, tokenizer) -> tuple[int, int]:
+    """Numbers of words and of UTF-8 bytes in the text of `tokens`."""
+    texts = tokenizer.decode(tokens.tolist()).split(END_OF_TEXT)
+    n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return sum(len(text.split()) for text in texts), n_bytes
+
+
+# ----------------------------------------------------------------------------
+# Scores
+
+
+@torch.no_grad()
+def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[float]]:
+    """Four sums for each batch of windows: -ln p, scored tokens, last words guessed, and the last
+    words' -ln p. Ranks share the batches; every rank gets all sums, and their number does not
+    change them."""
+    model.eval()
+    tokens, windows = task.tokens, task.windows
+    # The longest windows come first: if memory is too short, the first batch shows it
+    order = sorted(range(len(windows)), key=lambda i: windows[i][0] - windows[i][1])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    sums = torch.zeros(len(batches), 4, dtype=torch.float64)
+    hide_bar = None if rt.is_main else True  # None: hidden unless stderr is a terminal
+    for b in tqdm(rt.share(len(batches)), task.name, disable=hide_bar, leave=False):
+        chosen = [windows[i] for i in batches[b]]
+        longest = max(last - first for first, last, _ in chosen)
+        ids = torch.zeros(len(chosen), longest + 1, dtype=torch.int64)
+        counts = torch.zeros(len(chosen), longest, dtype=torch.bool)
+        in_last_word = torch.zeros_like(counts)
+        for row, (i, (first, last, n_skipped)) in enumerate(zip(batches[b], chosen, strict=True)):
+            n = last - first
+            ids[row, : n + 1] = torch.from_numpy(tokens[first : last + 1].astype(np.int64))
+            counts[row, n_skipped:n] = True
+            in_last_word[row, n - task.last_words[i] : n] = True
+        x, y = rt.to_device(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        with rt.autocast():
+            nll, hit = token_scores(model, x, y)
+        nll, hit = nll.cpu().double(), hit.cpu()
+        guessed = (hit | ~in_last_word).all(dim=1) & in_last_word.any(dim=1)
+        sums[b] = torch.stack(
+            [nll[counts].sum(), counts.sum(), guessed.sum(), nll[in_last_word].sum()]
+        ).double()
+    flat = rt.sum(sums.flatten())
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+
+
+def token_scores(model: GPT, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-ln p of each target, and whether it is the likeliest token: (B, T) x 2 -> (B, T) x 2.
+
+    Logits are computed in float32: rounded to bfloat16, GPT-2's would be off by a quarter."""
+    hidden = model.hidden(x, torch.arange(x.size(1), device=x.device)).flatten(0, 1)  # (B T, C)
+    nll, hit, rows = [], [], max(1, MAX_LOGITS // model.config.vocab_size)
+    with torch.autocast(x.device.type, enabled=False):
+        for h, target in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
+            logits = F.linear(h.float(), model.lm_head.weight.float())  # (rows, V)
+            nll.append(F.cross_entropy(logits, target, reduction="none"))
+            hit.append(logits.argmax(dim=1) == target)
+    return torch.cat(nll).view_as(y), torch.cat(hit).view_as(y)
+
+
+# ----------------------------------------------------------------------------
+# Results
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The rows as text, with those columns of HEADINGS that any row has a value for."""
+    columns = [c for c in HEADINGS if any(row[c] is not None for row in rows.values())]
+    cells = [["dataset", "split", "tokens", *(HEADINGS[c] for c in columns)]]
+    for name, row in rows.items():
+        values = ("" if row[c] is None else f"{row[c]:.4g}" for c in columns[1:])
+        cells.append([name, row["split"], f"{row['tokens']:,}", f"{row['loss']:.4f}", *values])
+    return text_table(cells)
+
+
+def write_rows(rows: dict[str, dict], about: dict, folder: Path) -> None:
+    """Write folder/eval.json: `about` the model, and the rows, which join those of other data sets
+    if the file is about the same model already. Raises UserError if it can't be written."""
+    path = folder / "eval.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads(path.read_text("utf-8"))
+        if {k: v for k, v in earlier.items() if k != "results"} == about:
+            rows = {**earlier["results"], **rows}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps({**about, "results": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written ({error.strerror}); choose another --out_dir, or make room"
+        ) from error
