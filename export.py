@@ -25,7 +25,9 @@ import configurator
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer, from_meta
 from engine import checkpoint as ckpt
-from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
+from engine.lora import fold_lora
+from engine.pretrained import ATTENTION_ARGS, TRANSPOSED
+from model import GPTConfig
 from sample import fitting, read_run
 
 
@@ -43,7 +45,7 @@ def to_hf(
     vocab_size: int | None = None,
     eot: int | None = None,
 ) -> tuple[object, dict[str, Tensor]]:
-    """A GPT's state dict, its adapters folded in (see model.fold_lora), and its config as those of
+    """A GPT's state dict, its adapters folded in (see lora.fold_lora), and its config as those of
     a GPT2LMHeadModel: (GPT2Config, state dict).
 
     Ids from `vocab_size` on are cut off: they pad the vocabulary, and a greedy text of transformers

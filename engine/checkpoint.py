@@ -28,7 +28,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
-from model import GPT, GPTConfig, fold_lora
+from engine.lora import fold_lora, init_adapters
+from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
@@ -358,7 +359,7 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
         state = fold_lora(state, saved) if renews else state
         model.load_state_dict(state, strict=not renews)
     if renews and model.config.lora_rank:
-        model.init_lora()
+        init_adapters(model)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 
 from configurator import UserError
 from engine import checkpoint as ckpt
-from model import GPT, GPTConfig, LayerNorm
+from model import GPT, GPTConfig
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=11, dropout=0.0)
 
@@ -74,7 +74,7 @@ class WithLayerNormBiases(GPT):
     def __init__(self, config, fill):
         super().__init__(config)
         for module in self.modules():
-            if isinstance(module, LayerNorm):
+            if isinstance(module, torch.nn.LayerNorm):
                 module.bias = torch.nn.Parameter(fill(module.weight.shape))
 
 
