@@ -35,11 +35,21 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import TRAIN, Dataset
+from data.dataset import TRAIN, Batches, Dataset
 from engine import runtime
 from engine.runtime import resident
+from engine.start import (
+    ARCHITECTURE,
+    check,
+)
+from engine.start import (
+    choose_implementation as choose_impl,
+)
+from engine.start import (
+    model_overrides as overrides_of,
+)
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
-from train import ARCHITECTURE, Batches, Config, check, choose_impl, overrides_of, train_step
+from train import Config, train_step
 
 TABLES = ("attention", "types", "lengths", "sampling")
 TURN = 0.1  # seconds

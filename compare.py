@@ -33,9 +33,11 @@ import torch
 import configurator
 import plot
 from configurator import ROOT, UserError
-from engine.runlog import RunLog, rows_until
+from engine.files import read_rows
+from engine.run_folder import holds_checkpoint
 from engine.runtime import Interrupt, Runtime, say
-from train import Config, check, holds_checkpoint, open_data, tokens_per_step
+from engine.start import check, open_data, tokens_per_step
+from train import Config
 
 
 @dataclass
@@ -76,7 +78,9 @@ class Run:
         self.title = f"{c.attn_type}, learning rate {c.learning_rate:g}, seed {c.seed}"
 
     def rows(self) -> list[dict]:
-        return rows_until(self.config.max_iters, self.folder / "log.csv", RunLog.COLUMNS)
+        with suppress(OSError):
+            return read_rows(self.folder / "log.csv", self.config.max_iters)
+        return []
 
     def saved(self) -> dict:
         """The config.json in its folder, {} if there is none."""

@@ -4,10 +4,11 @@ Configuration of every script: defaults in the script < config files < --key=val
     python train.py config/train_11.py --attn_type=SM --max_iters=500
     python train.py train_11 --eval_only            # bare name of a config; --key alone: true
 
-A script declares its keys as a dataclass: name, type, default, and a trailing comment that `--help`
-shows. Config files are Python that assigns those keys; they are run, so trust them as you trust the
-script. Values on the command line are data: parsed by the key's type, never evaluated. The later
-one wins. A mistake is a UserError: one line on stderr, exit code 2.
+A script declares its keys as a dataclass: name, type, default, and a trailing comment, which is
+what `--help` shows. Config files are Python that assigns those keys; they are run, so trust them as
+you trust the script. Values on the command line are data: they are parsed by the type of the key
+and never evaluated. A later value overrides an earlier one. A mistake is a UserError: one line on
+stderr, exit code 2.
 """
 
 import difflib
@@ -15,7 +16,9 @@ import inspect
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -27,12 +30,28 @@ CONFIG_DIR = ROOT / "config"
 
 class UserError(Exception):
     """A mistake that the user can repair. Its text is one line: what was given, what is allowed,
-    and the command that repairs it. Under torchrun one process of a node says it for all, unless it
-    is of `this_rank` alone."""
+    and the command that repairs it.
+
+    Under torchrun one rank of each node prints it, the first to get there, unless the mistake is of
+    `this_rank` alone.
+    """
 
     def __init__(self, text: object, this_rank: bool = False):
         super().__init__(str(text))
-        self.silent = not this_rank and os.environ.get("LOCAL_RANK", "0") != "0"
+        self.this_rank = this_rank
+
+    def is_printed_here(self) -> bool:
+        """Whether it is this process that prints, which it must do if it has asked."""
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/LOCAL_RANK/error.json
+        if self.this_rank or error_file is None:
+            return True
+        try:
+            (Path(error_file).parents[1] / "error_is_printed").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return os.environ.get("LOCAL_RANK") == "0"
+        return True
 
 
 def run(main: Callable[[], None]) -> None:
@@ -40,12 +59,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if not error.silent:
+        if error.is_printed_here():
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
+    except BrokenPipeError:  # the reader of the output has gone, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
@@ -70,7 +89,8 @@ def parse(Config: type, argv: list[str]) -> dict:
         key, text = match.groups()
         if text is None and typing.get_type_hints(Config).get(key, bool) is not bool:
             raise UserError(f"{arg} has no value; write {arg}=VALUE")
-        values[key] = convert(Config, key, "true" if text is None else text, arg)
+        text = "true" if text is None else text
+        values[key] = convert(Config, key, parse_text(Config, key, text, arg), arg)
     check_rules(values)
     return values
 
@@ -85,7 +105,7 @@ def read_config_file(Config: type, name: str) -> dict:
     namespace = {"__file__": str(path)}
     try:
         exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    except Exception as error:  # whatever the user's Python raises, it is told in one line
+    except Exception as error:  # whatever the user's Python raises becomes one line
         traceback = error.__traceback__.tb_next
         line = error.lineno if isinstance(error, SyntaxError) else traceback and traceback.tb_lineno
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
@@ -100,11 +120,10 @@ def read_config_file(Config: type, name: str) -> dict:
     return values
 
 
-def convert(Config: type, key: str, value: object, source: str) -> object:
-    """`value` as the type of `key`: text is parsed, ints widen to float, nothing else changes type.
+def types_of(Config: type, key: str, source: str) -> tuple:
+    """The types that `key` may have: of `int | None`, int and NoneType.
 
-    'none' and 'auto', in any case, mean None for the keys that may be None. Raises UserError, which
-    names `source`, for an unknown key (with the nearest known one) or a value of another type.
+    Raises UserError, which names `source`, for an unknown key, and suggests the nearest known one.
     """
     hints = typing.get_type_hints(Config)
     if key not in hints:
@@ -112,27 +131,52 @@ def convert(Config: type, key: str, value: object, source: str) -> object:
         advice = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
         raise UserError(f"unknown key {key!r} ({source}); {advice}")
     hint = hints[key]
-    options = typing.get_args(hint) or (hint,)
-    if type(None) in options and (value is None or str(value).lower() in ("none", "auto")):
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def parse_text(Config: type, key: str, text: str, source: str) -> object:
+    """The value that `text` means for `key`, or the text itself if it means none.
+
+    'none' and 'auto', in any case, mean None for the keys that may be None.
+    """
+    kinds = types_of(Config, key, source)
+    if type(None) in kinds and text.lower() in ("none", "auto"):
         return None
-    for kind in (o for o in options if o is not type(None)):
-        if isinstance(value, str) and kind is not str:
-            text = value.strip()
-            try:
-                if kind is bool:
-                    return {"true": True, "false": False}[text.lower()]
-                value = kind(text)
-            except (KeyError, ValueError):
-                continue
-        if type(value) is int and kind is float:
-            value = float(value)
-        if type(value) is kind and not (kind is float and not math.isfinite(value)):
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    for kind in (kind for kind in (int, float) if kind in kinds):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    is_path = key.endswith("_dir") or key in ("init_from", "teacher", "to", "out")
+    return os.path.expanduser(text) if is_path else text  # bash keeps the ~ of --key=~/folder
+
+
+def convert(Config: type, key: str, value: object, source: str) -> object:
+    """`value`, if `key` may have it; whole numbers become float where that is wanted.
+
+    Raises UserError, which names `source`, for an unknown key and a value of another type.
+    """
+    kinds = types_of(Config, key, source)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            if type(value) is str and value in typing.get_args(kind):
+                return value
+        elif type(value) is kind and not (kind is float and not math.isfinite(value)):
             return value
-    wanted = " or ".join("None" if o is type(None) else o.__name__ for o in options)
-    raise UserError(f"{source}: {key} must be {wanted}")
+    names = []
+    for kind in kinds:
+        is_literal = typing.get_origin(kind) is typing.Literal
+        names += typing.get_args(kind) if is_literal else [kind.__name__]
+    allowed = " or ".join(names).replace("NoneType", "None")
+    raise UserError(f"{source}: {key} must be {allowed}")
 
 
-# What a single value must satisfy, whichever script reads it
+# What a number must satisfy, whichever script reads it
 RULES = [
     (
         lambda v: v >= 1,
@@ -151,15 +195,7 @@ RULES = [
     (lambda v: v < 8, "must be below 8", "pa_length_power"),
     (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p stats_tolerance"),
     (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
-    (
-        lambda v: v in ("float32", "bfloat16", "float16"),
-        "must be float32, bfloat16, float16 or auto",
-        "dtype",
-    ),
     (lambda v: v < 2**63, "must be below 2^63", "seed"),
-    (lambda v: v in ("nccl", "gloo"), "must be nccl, gloo or auto", "backend"),
-    (lambda v: v in ("adamw", "muon"), "must be adamw or muon", "optimizer"),
-    (lambda v: v in ("cosine", "wsd"), "must be cosine or wsd", "lr_schedule"),
 ]
 
 
@@ -172,14 +208,21 @@ def check_rules(values: dict) -> None:
 
 
 def help_text(Config: type) -> str:
-    """Every key of Config with its default and its comment, under the section comments."""
+    """Every key of Config with its default and its comment, under the comments of the sections.
+
+    {NAMES} in a comment stands for the strings of that tuple in the module of Config.
+    """
     lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), ""]
     lines += ["Keys, set by a config file or as --key=value:"]
+    width = max(80, shutil.get_terminal_size().columns)
     for cls in reversed(Config.__mro__[:-1]):
+        names_in = lambda match, cls=cls: ", ".join(getattr(sys.modules[cls.__module__], match[1]))
         for line in inspect.getsource(cls).splitlines():
             if section := re.fullmatch(r"    # (.*)", line):
                 lines += ["", section[1]]
-            elif key := re.fullmatch(r"    (\w+): [^=]+ = (.*?)  # (.*)", line):
+            elif key := re.fullmatch(r"    (\w+): .+? = (.*?)  # (.*)", line):
                 default = "auto" if key[2] == "None" else key[2]
-                lines.append(f"  --{key[1]}={default}".ljust(38) + f" {key[3]}")
+                comment = re.sub(r"\{(\w+)\}", names_in, key[3])
+                head = f"  --{key[1]}={default}".ljust(38)
+                lines += textwrap.wrap(f"{head} {comment}", width, subsequent_indent=" " * 39)
     return "\n".join(lines)

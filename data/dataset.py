@@ -232,3 +232,20 @@ def read_meta_pickle(path: Path) -> dict:
     except Exception as error:  # a pickle can fail in any way
         raise UserError(f"{path} is not a plain meta.pkl of nanoGPT: {error}") from error
     return {"vocab_size": len(chars), "dtype": "uint16", "tokenizer": "char", "chars": chars}
+
+
+class Batches:
+    """The batches of this rank, one step after the other, each loaded while the device is busy.
+
+    `load(step, micro_step)` gives inputs and targets (B, T) on the device. `next` is the batch to
+    use now; `advance`, called when the device has been given work, loads the one after it.
+    """
+
+    def __init__(self, load, micro_steps: range, first_step: int, last_step: int):
+        self.load = load
+        self.order = ((s, m) for s in range(first_step, last_step) for m in micro_steps)
+        self.advance()
+
+    def advance(self) -> None:
+        key = next(self.order, None)
+        self.next = None if key is None else self.load(*key)

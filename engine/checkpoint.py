@@ -1,33 +1,32 @@
 """
-Checkpoints: a save that is whole or not there, a read that notices damage and runs nothing.
+Checkpoints: a save that is whole or absent, a read that notices damage and runs nothing.
 
-The format is nanoGPT's: torch.save of a dict of model (state dict), optimizer, model_args, iter_num
-(updates done), best_val_loss and config, to which we add tokenizer, scaler, data (fingerprints) and
-evaluated (the step evaluated last). On the disk it is a zip archive, whose comment we use for the
-SHA-256 of all before it; nanoGPT reads it as ever.
+The format is nanoGPT's: torch.save of a dict with model (state dict), optimizer, model_args,
+iter_num (updates done), best_val_loss and config, to which we add tokenizer, scaler, data
+(fingerprints) and evaluated (the step evaluated last). train.py puts it together. The file is a zip
+archive, whose comment holds the SHA-256 of everything before it; nanoGPT reads it all the same.
 
-A folder holds ckpt.pt, the latest, previous.pt, the one before, and best.pt, that of the lowest
-validation loss; two names may mean the same bytes. A run that starts from weights which it must not
-change (those under LoRA's adapters, or a teacher) keeps them in base.pt, once, and each checkpoint
-says which they are by SHA-256 and, for people, by where they came from. A checkpoint is written to
-a temporary name, flushed to the disk and renamed: under its own name it is always whole.
+A folder holds ckpt.pt, the latest checkpoint; previous.pt, the one before; and best.pt, the one
+with the lowest validation loss. Two names may mean the same bytes. Weights that a run must not
+change (those under LoRA's adapters, or a teacher's) are kept once, in base.pt; each checkpoint says
+by SHA-256 which file that is, and for people where it came from.
 """
 
 import hashlib
 import math
 import os
 import pickle
-import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
+from engine.files import whole_file
+from engine.foreign import NUMPY_SCALARS, is_plain, normalise
 from engine.lora import fold_lora, init_adapters
 from model import GPT, GPTConfig
 
@@ -38,30 +37,33 @@ LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
 
 def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
-    """Write folder/ckpt.pt; what was there becomes previous.pt. The best so far is best.pt too.
+    """Write folder/ckpt.pt; the file that was there becomes previous.pt. The best is best.pt too.
 
-    Raises OSError, e.g. for a full disk, and leaves the folder as it was.
+    Raises OSError, for example for a full disk, and leaves the folder as it was.
     """
     path = folder / LATEST
-    with durable(checkpoint, path) as temporary:
+    with whole_file(path, "wb") as file:
+        write_sealed(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # before it gets a second name
         if path.exists():
             give_name(path, folder / PREVIOUS)
         if is_best:
-            give_name(temporary, folder / BEST)
+            give_name(Path(file.name), folder / BEST)
 
 
 def save_base(model: GPT, came_from: str, folder: Path) -> dict:
-    """Write folder/base.pt, the model's weights without adapters; return what checkpoints say of
+    """Write folder/base.pt, the model's weights without adapters; return what checkpoints say about
     it. Raises OSError as `save` does."""
     state = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
     args = {k: v for k, v in model.config.model_args().items() if not k.startswith("lora_")}
-    with durable({"model": state, "model_args": args}, folder / BASE):
-        pass
+    with whole_file(folder / BASE, "wb") as file:
+        write_sealed({"model": state, "model_args": args}, file)
     return {"came_from": came_from, "sha256": digest(state)}
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict: of names and bytes."""
+    """SHA-256 of the names and bytes of a state dict."""
     sha256 = hashlib.sha256()
     for name in sorted(state):
         sha256.update(name.encode())
@@ -69,30 +71,9 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
-@contextmanager
-def durable(checkpoint: dict, path: Path):
-    """Write `checkpoint` to a temporary file, given to the body, and rename it to `path` then."""
-    folder, temporary = path.parent, path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write_sealed(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        directory = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some network file systems can't
-            os.fsync(directory)  # the renames too are on the disk now
-        os.close(directory)
-
-
 def give_name(path: Path, name: Path) -> None:
     """Let `name`, too, mean the bytes of `path`, from one moment to the next."""
-    temporary = name.with_name(name.name + ".tmp")
+    temporary = name.with_name(f"{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
@@ -101,7 +82,7 @@ def give_name(path: Path, name: Path) -> None:
     os.replace(temporary, name)
 
 
-class Hashed:
+class HashedFile:
     """A file to write to, and the SHA-256 of what was written."""
 
     def __init__(self, file):
@@ -112,7 +93,7 @@ class Hashed:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch replaces it by one of its own, which hides the reason
+            self.error = error  # torch raises an error of its own instead, which hides the reason
             raise
 
     def flush(self) -> None:
@@ -120,7 +101,7 @@ class Hashed:
 
 
 class Saver:
-    """The saves of one run. One that fails, for a full disk say, is told in a line and tried again.
+    """The saves of one run. A save that fails, for a full disk say, costs one line and is retried.
 
     `step` is that of the newest checkpoint in the folder, None if there is none; `failed` says that
     the last save did not succeed.
@@ -133,6 +114,7 @@ class Saver:
         self.failed, self.retry_at = False, math.inf
 
     def save(self, checkpoint: dict, is_best: bool) -> bool:
+        """Whether the save succeeded."""
         step = checkpoint["iter_num"]
         try:
             save(checkpoint, self.folder, is_best)
@@ -147,19 +129,20 @@ class Saver:
         self.step, self.failed, self.retry_at = step, False, math.inf
         return True
 
-    def retries(self) -> bool:
-        """Whether it is time to try a failed save again."""
+    def is_due_again(self) -> bool:
+        """Whether it is time to retry a save that failed."""
         return time.monotonic() >= self.retry_at
 
 
-# A zip archive ends in the record END, 22 bytes, whose last two are the length of the comment that
-# follows. torch leaves no comment; ours is TAG and 64 hexadecimal digits of what torch wrote.
+# A zip archive ends in the record END of 22 bytes, whose last two are the length of the comment
+# that follows. torch leaves no comment; ours is TAG and 64 hexadecimal digits.
 END, TAG = b"PK\x05\x06", b"sha256:"
 SEAL = len(TAG) + 64
 
 
 def write_sealed(checkpoint: dict, file) -> None:
-    hashed = Hashed(file)
+    """torch.save, with the SHA-256 of the file as the comment of the archive."""
+    hashed = HashedFile(file)
     try:
         torch.save(checkpoint, hashed)
     except RuntimeError:
@@ -171,7 +154,7 @@ def write_sealed(checkpoint: dict, file) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """Raise ValueError if the file is not what was written. What others wrote has no seal."""
+    """Raise ValueError if the file is not what was written. Files of other programs have none."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             raise ValueError("it does not begin as a checkpoint does")
@@ -227,7 +210,8 @@ def load(path: Path) -> dict:
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
         check_seal(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -246,48 +230,13 @@ def load(path: Path) -> dict:
     for key in ("model", "model_args", "config", "data", "tokenizer"):
         if not isinstance(checkpoint[key], dict):
             raise UserError(f"{path} is not a checkpoint: its {key} must be a dictionary")
+    normalise(checkpoint, path)
     if type(checkpoint.get("iter_num", 0)) is not int:
         raise UserError(f"{path} is not a checkpoint: its iter_num must be a whole number")
-
-    normalise(checkpoint, path)
     if config_of(checkpoint, path).lora_rank and isinstance(checkpoint.get("base"), dict):
         checkpoint["model"] |= load_base(path.parent, checkpoint["base"])["model"]
     check_state(checkpoint["model"], config_of(checkpoint, path), path)
     return checkpoint
-
-
-def normalise(checkpoint: dict, path: Path) -> None:
-    """Bring model and model_args of a checkpoint that others wrote to the names used here.
-
-    Gone are the prefixes of torch.compile and DDP, the causal masks that old nanoGPTs kept, and a
-    fork's `add_lora` where nothing was added; adapters are a UserError. That fork's LayerNorms have
-    biases even with bias=False. If they are all zero, they go; else it becomes bias=True, with zero
-    biases for Linear: the logits are exactly the same, but an optimizer's state no longer fits.
-    """
-    prefixes = re.compile(r"^((module|_orig_mod)\.)+")
-    state = {prefixes.sub("", str(k)): v for k, v in checkpoint["model"].items()}
-    state = {
-        name: t
-        for name, t in state.items()
-        if not (name.endswith(".attn.bias") and getattr(t, "ndim", 0) == 4)  # (1, 1, T, T)
-    }
-    args = {k: v for k, v in checkpoint["model_args"].items() if k != "add_lora"}
-    if "lora_rank" not in args and any("lora" in name.lower() for name in state):
-        raise UserError(
-            f"{path} has LoRA adapters beside its weights, which can't be read here; merge them "
-            "into the weights with the code that trained them, and save it again"
-        )
-    biases = [name for name in state if name.endswith(".bias")]
-    fork = biases and all(re.search(r"\.ln_\w\.bias$", n) and is_plain(state[n]) for n in biases)
-    if fork and args.get("bias") is False:
-        if any(state[name].any() for name in biases):
-            args["bias"] = True
-            for name, t in list(state.items()):
-                if re.search(r"\.c_\w+\.weight$", name) and is_plain(t) and t.dim() == 2:
-                    state[name.replace("weight", "bias")] = t.new_zeros(()).expand(len(t))
-        else:
-            state = {name: t for name, t in state.items() if name not in biases}
-    checkpoint |= {"model": state, "model_args": args}
 
 
 def load_base(folder: Path, base: object) -> dict:
@@ -302,7 +251,7 @@ def load_base(folder: Path, base: object) -> dict:
 
 
 class WithoutRandomWeights(TorchFunctionMode):
-    """A model built in this context is not initialised: its weights are about to be overwritten."""
+    """Context in which a model is built without initialising weights that will be overwritten."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -319,7 +268,7 @@ def config_of(checkpoint: dict, path: Path, **overrides) -> GPTConfig:
 
 
 def check_state(state: dict, config: GPTConfig, path: Path) -> None:
-    """Raise UserError unless names and shapes are those of GPT(config), of which none is built."""
+    """Raise UserError unless names and shapes are those of GPT(config), which is not built."""
     n_layer = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
     if n_layer != config.n_layer:
         raise UserError(f"{path} has {n_layer} layers, but its model_args say {config.n_layer}")
@@ -347,9 +296,9 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
     """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type.
 
-    With lora_rank among them, even if it is the same, adapters that were trained become part of the
-    weights, and new ones begin. A checkpoint without weights (see train.read_config) gives a model
-    with any.
+    If lora_rank is among them, even unchanged, trained adapters become part of the weights, and new
+    ones begin. A checkpoint without weights (see start.read_checkpoint) gives a model with
+    uninitialised ones.
     """
     saved, renews = config_of(checkpoint, path), "lora_rank" in overrides
     with WithoutRandomWeights():
@@ -363,13 +312,26 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
     return model
 
 
+def resume(
+    checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler, rt
+) -> tuple[int, float, int]:
+    """Give optimizer and scaler of every rank the state in the main process's checkpoint.
+
+    Returns iter_num, best_val_loss and the step that was evaluated last, -1 if it is not iter_num.
+    """
+    step, best_val_loss = rt.from_main(lambda: restore(checkpoint, path, optimizer, scaler))
+    if rt.world_size > 1:
+        share_state(optimizer, scaler, rt)
+    return step, best_val_loss, step if checkpoint.get("evaluated", step) == step else -1
+
+
 def restore(
     checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler
 ) -> tuple[int, float]:
     """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss.
 
-    Raises UserError unless there is a state of the right shape for every parameter: fused
-    optimizers believe it without looking. Before its first update an optimizer has none.
+    Raises UserError unless there is a state of the right shape for every parameter, which fused
+    optimizers do not check. Before its first update an optimizer has none.
     """
     try:
         iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
@@ -393,12 +355,10 @@ def restore(
 
 
 def share_state(optimizer: torch.optim.Optimizer, scaler, rt) -> None:
-    """Give every rank the optimizer's and the scaler's state that the main process has restored."""
-    if rt.world_size == 1:
-        return
+    """Give every rank the optimizer's and the scaler's state of the main process."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def shapes():
+    def shapes() -> list[dict]:
         states = [optimizer.state.get(p, {}) for p in parameters]
         return [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
 
@@ -419,9 +379,3 @@ def check_moments(state: dict, p: torch.Tensor, muon: bool) -> None:
         t = torch.as_tensor(state[key])
         if not is_plain(t) or t.shape != torch.Size(shape):
             raise ValueError(f"{key} of the optimizer is {tuple(t.shape)}, not {tuple(shape)}")
-
-
-def is_plain(t: object) -> bool:
-    """True for an ordinary tensor of floating-point numbers."""
-    dense = isinstance(t, torch.Tensor) and t.layout is torch.strided
-    return dense and t.device.type == "cpu" and t.is_floating_point()

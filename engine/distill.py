@@ -1,6 +1,6 @@
 """
-Conversion of a trained model to another attention: each of the student's attention layers learns
-what the teacher's says to the same input, all layers at once, in one pass through the teacher.
+Conversion of a trained model to another attention: each attention layer of the student learns the
+output of the teacher's layer for the same input, all layers at once, in one pass of the teacher.
 """
 
 import torch
@@ -11,11 +11,11 @@ from model import GPT
 
 
 class Matching(nn.Module):
-    """Student and teacher as one module, to be trained as a GPT is.
+    """Student and teacher as one module that is trained as a GPT is.
 
-    The student begins with the teacher's weights. While it is matched only its attention layers
-    (their c_attn and c_proj, or adapters of these) are trained; `release` ends that. Raises
-    UserError if none of them can be.
+    The student begins with the teacher's weights. Only its attention layers (c_attn and c_proj, or
+    their adapters) are trained until `release` is called. Raises UserError if there is none to
+    train.
     """
 
     def __init__(self, student: GPT, teacher: GPT):
@@ -30,9 +30,9 @@ class Matching(nn.Module):
 
     def forward(self, idx: Tensor, targets=None, with_logits=False) -> tuple[None, Tensor]:
         """Token ids (B, T) -> (None, mean over layers of |y - y_t|^2 / |y_t|^2), where y_t is the
-        output of the teacher's layer and y that of the student's on the same input.
+        output of the teacher's layer and y that of the student's for the same input.
 
-        A student that says nothing has 1. The other arguments are those of GPT.forward, unused.
+        A student whose outputs are zero has 1. The other arguments are GPT.forward's, unused.
         """
         errors = []
         with torch.no_grad():
@@ -40,15 +40,39 @@ class Matching(nn.Module):
             x = self.teacher.transformer.wte(idx) + self.teacher.transformer.wpe(pos)  # (B, T, C)
         for ours, block in zip(self.student.transformer.h, self.teacher.transformer.h, strict=True):
             with torch.no_grad():
-                read = block.ln_1(x)
-                y_t = block.attn(read)  # (B, T, C)
-                if block is not self.teacher.transformer.h[-1]:  # nobody reads the last one's
+                layer_input = block.ln_1(x)
+                y_t = block.attn(layer_input)  # (B, T, C)
+                if block is not self.teacher.transformer.h[-1]:  # the rest of it is not needed
                     x = x + y_t
                     x = x + block.mlp(block.ln_2(x))
-            error = (ours.attn(read) - y_t).float().square().mean()
+            error = (ours.attn(layer_input) - y_t).float().square().mean()
             errors.append(error / y_t.float().square().mean())
         return None, torch.stack(errors).mean()
 
     def release(self) -> None:
         for p in self.trained:
             p.requires_grad_(True)
+
+
+class Trainee:
+    """The model to train now: first, given a teacher, the attention layers only, then all of it.
+
+    `model` is what a training step takes, under DDP if there are several ranks; `whole_model` is
+    the student to evaluate. Both are compiled if that was asked for.
+    """
+
+    def __init__(self, student: GPT, teacher: GPT | None, rt):
+        self.rt = rt
+        self.matching = Matching(student, teacher).to(rt.device) if teacher else None
+        self.whole_model = rt.compiled(student)  # not under DDP: it has no gradients to average
+        self.model = rt.wrap(rt.compiled(self.matching) if teacher else self.whole_model)
+
+    @property
+    def matches(self) -> bool:
+        """Whether attention layers are being matched with the teacher's."""
+        return self.matching is not None
+
+    def train_whole_model(self) -> None:
+        """End the matching, and free the teacher."""
+        self.matching.release()
+        self.matching, self.model = None, self.rt.wrap(self.whole_model)

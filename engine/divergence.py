@@ -3,12 +3,17 @@ Where a loss or a gradient stopped being finite: the first module of a forward o
 makes something infinite or NaN out of finite numbers.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from configurator import UserError
+from data.dataset import dropout_seed
 from engine import ranges
 from model import GPT, parse_attn_type
 
@@ -102,3 +107,34 @@ def polynomial_range(model: GPT, x: Tensor, rt) -> str:
     if layer is None:
         return f"; all x are in the range of {name}, {end} to 0"
     return f"; x fell to {lowest[layer]:.4g} in layer {layer}, and {name} needs {end} or more"
+
+
+def explain(model: GPT, load: Callable, step: int, config, rt) -> str:
+    """'; ' and where the step was not finite, on the first rank that can say; '' if none can.
+
+    `load(step, micro_step)` gives the batches of the step.
+    """
+
+    def batches() -> Iterator:
+        for micro_step in rt.share(config.gradient_accumulation_steps):
+            if config.dropout > 0:
+                torch.manual_seed(dropout_seed(config.seed, step, micro_step))
+            yield load(step, micro_step)
+
+    origin = None
+    with suppress(torch.OutOfMemoryError):
+        origin = where_it_began(model, batches(), rt)
+    return next((f"; {text}" for text in rt.gather(origin or "") if text), "")
+
+
+def not_done(step: int, problem: str, saved: int | None, folder: Path, config) -> UserError:
+    """The error for a step that is not finite; `saved` is the step of the newest checkpoint."""
+    kept = "there is no checkpoint yet"
+    if saved is not None:
+        kept = f"the checkpoint in {os.path.relpath(folder)} is that of step {saved}"
+    squarings = ", with more squarings n" if config.attn_type.startswith("GKpoly") else ""
+    return UserError(
+        f"step {step} was not done: {problem}. {kept}; start again with a lower "
+        f"--learning_rate{squarings}, or go on from there with "
+        "--skip_nonfinite=N, past N such steps"
+    )

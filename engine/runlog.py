@@ -11,19 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine import ranges
+from engine.files import read_rows, whole_file
 from engine.runtime import say
+from engine.start import tokens_per_step
 
 
 class RunLog:
-    """log.csv, stats.csv, the terminal and trackers. Only the main process writes; for others it
-    does nothing.
+    """log.csv, stats.csv, the terminal and trackers. Only the main process writes.
 
-    A row of log.csv: step (updates done), tokens seen, train_loss of that step's batches (mean over
-    micro-steps and ranks), or distill_loss while attentions are matched, val_loss and
-    eval_train_loss where an evaluation was due, grad_norm of that step before clipping, lr,
-    step_ms, tokens_per_s and mfu (share of the GPU's peak) since the row before, peak_mib, the most
-    memory that the process has held (MiB; of the GPU if there is one), and the seconds spent in
-    training steps so far. Those of stats.csv are in ranges.COLUMNS.
+    A row of log.csv: step (updates done); tokens seen; train_loss of that step's batches (mean over
+    micro-steps and ranks), or distill_loss while attention is matched; val_loss and eval_train_loss
+    where an evaluation was due; grad_norm of that step before clipping; lr; step_ms, tokens_per_s
+    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory that the
+    process has held (MiB; of the GPU if there is one); and the seconds spent in training steps so
+    far. The columns of stats.csv are in ranges.COLUMNS.
     """
 
     COLUMNS = (
@@ -32,19 +33,19 @@ class RunLog:
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):
-        self.active, self.config, self.bar, self.trackers = rt.is_main, config, None, {}
+        self.active, self.config, self.folder = rt.is_main, config, folder
+        self.bar, self.stats, self.trackers = None, None, {}
         if not self.active:
             return
         self.table = Table(folder / "log.csv", self.COLUMNS, first_step)
         self.seconds = float(self.table.last.get("seconds") or 0.0)
-        self.stats = None
-        # What a checkpoint does not know of goes, even if no more is to come
+        # Rows that are newer than the checkpoint go, even if no more are to come
         if config.stats_interval or (folder / "stats.csv").exists():
             self.stats = Table(folder / "stats.csv", ranges.COLUMNS, first_step)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            # Without steps/s, which tokens/s imply, a long run's line fits in 80 columns
+            # Without steps/s, which tokens/s imply, the line of a long run fits in 80 columns
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(total=config.max_iters, initial=first_step, bar_format=form)
         for wanted, kind in ((config.wandb_log, Wandb), (config.tensorboard_log, TensorBoard)):
@@ -52,63 +53,68 @@ class RunLog:
             try:
                 if wanted:
                     self.trackers[name] = kind(folder, config, first_step)
-            except Exception as error:  # not installed, not logged in: no reason not to train
-                self._off(name, error)
+            except Exception as error:  # not installed or not logged in: training goes on
+                self._drop(name, error)
 
     def say(self, line: str) -> None:
+        """Print a line above the progress bar, if there is one."""
         if self.active and self.bar is not None:
             self.bar.write(line)
         elif self.active:
             say(line)
 
-    def _off(self, name: str, error: Exception) -> None:
+    def _drop(self, name: str, error: Exception) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         self.say(f"{name} is off: {reason}")
         self.trackers.pop(name, None)
 
     def _track(self, method: str, *args) -> None:
-        """Call a method of each tracker. One that fails in any way is left alone from then on."""
+        """Call a method of each tracker. A tracker that fails is not called again."""
         for name, tracker in list(self.trackers.items()):
             try:
                 getattr(tracker, method)(*args)
             except Exception as error:
-                self._off(name, error)
+                self._drop(name, error)
 
     def write(self, **row) -> None:
-        """Add a row; its seconds are those of the rows before and its window_seconds."""
+        """Add a row. Its `window_seconds`, those since the last row, are added to `seconds`."""
         if not self.active:
             return
         row["seconds"] = self.seconds = self.seconds + row.pop("window_seconds", 0.0)
         self.table.write([row])
         self._track("log", {k: v for k, v in row.items() if v is not None}, row["step"])
         if "step_ms" in row:
-            self._progress(row)
+            self._show_progress(row)
         if "val_loss" in row:
             losses = f"train loss {row['eval_train_loss']:.4f}, val loss {row['val_loss']:.4f}"
             self.say(f"step {row['step']}: {losses}")
 
     def write_stats(self, step: int, measure: Callable[[], list[dict]]) -> None:
-        """Add the rows that `measure` gives, unless this step's are there."""
+        """Add the rows that `measure` returns, unless those of this step are already there."""
         if self.active and step > int(self.stats.last.get("step", -1)):
             rows = [{"step": step, **row} for row in measure()]
             self.stats.write(rows)
             self._track("log", ranges.per_layer(rows), step)
 
-    def end(self, draw: Callable[[], list[Path]] | None) -> None:
-        """What the stats come to, and the pictures that `draw` makes, if it can."""
+    def end(self, draw: bool) -> None:
+        """Summarise the stats, and draw pictures of the run if wanted and matplotlib is there."""
         if not self.active:
             return
         config = self.config
         try:
-            if config.stats_interval and (rows := self.stats.read()):
+            if config.stats_interval and (rows := read_rows(self.stats.path)):
                 self.say(ranges.summary(rows, config.attn_type, config.stats_tolerance))
-            self._close_bar()  # what draws prints
-            for path in draw() if draw else []:
-                self._track("picture", path, config.max_iters)
-        except Exception as error:  # the run itself is done and saved
-            self.say(f"it can't be summed up: {error}")
+            self._close_bar()  # drawing prints
+            with suppress(ImportError):
+                if draw:
+                    from engine.pictures import draw_run  # here: matplotlib takes a second
 
-    def _progress(self, row: dict) -> None:
+                    for path in draw_run(Path(os.path.relpath(self.folder))):
+                        self._track("picture", path, config.max_iters)
+        except Exception as error:  # the run itself is done and saved
+            self.say(f"no summary of the run: {error}")
+
+    def _show_progress(self, row: dict) -> None:
         loss = row["distill_loss"] if "distill_loss" in row else row["train_loss"]
         if self.bar is not None:
             self.bar.set_postfix_str(
@@ -136,21 +142,35 @@ class RunLog:
             self.bar = None
 
 
+def speed(model, config, rt, seconds: float, steps: int, matching: bool = False) -> dict:
+    """What a row says about the time of the last steps, and about memory. The cost of a step that
+    matches attention is not modelled: it has no mfu."""
+    sequences = config.gradient_accumulation_steps * config.batch_size // rt.world_size
+    mfu = model.estimate_mfu(sequences, seconds / steps, config.block_size)
+    return {
+        "step_ms": 1000 * seconds / steps,
+        "tokens_per_s": tokens_per_step(config) * steps / seconds,
+        "mfu": None if matching else mfu,
+        "window_seconds": seconds,
+        "peak_mib": rt.peak_memory(),
+    }
+
+
 class Table:
-    """A CSV file of a run. Rows after `first_step`, the step of the checkpoint that the run goes on
-    from, are dropped. A file that can't be written is no reason to stop: it is said once."""
+    """A CSV file of a run. Rows newer than `first_step`, the step of the checkpoint that the run
+    goes on from, are dropped. A file that can't be written costs one line, and the run goes on."""
 
     def __init__(self, path: Path, columns: list[str], first_step: int):
-        self.path, self.columns, self.failed = path, columns, False
-        rows = rows_until(first_step, path, columns) if first_step > 0 else []
+        self.path, self.failed = path, False
+        rows = []
+        with suppress(OSError):
+            rows = read_rows(path, first_step) if first_step > 0 else []
         self.last = rows[-1] if rows else {}
-        temporary = path.with_name(f"{path.name}.tmp")
         try:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
+            with whole_file(path) as file:
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
-            os.replace(temporary, path)
             self.file = open(path, "a", newline="", encoding="utf-8")
         except OSError as error:
             self._fail(error)
@@ -167,29 +187,14 @@ class Table:
         except OSError as error:
             self._fail(error)
 
-    def read(self) -> list[dict]:
-        return rows_until(sys.maxsize, self.path, self.columns)
-
     def _fail(self, error: OSError) -> None:
         if not self.failed:
             say(f"{self.path.name} can't be written ({error.strerror}); the run goes on")
         self.failed = True
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written was said
+        with suppress(OSError):  # what could not be written was said before
             self.file.close()
-
-
-def rows_until(step: int, path: Path, columns: list[str]) -> list[dict]:
-    """The whole rows of a log up to `step`: what a checkpoint of that step knows of."""
-    rows = []
-    with suppress(OSError), open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            with suppress(KeyError, TypeError, ValueError):  # cut short by a kill, or no log
-                float(row[columns[-1]])
-                if int(row["step"]) <= step:
-                    rows.append({key: row.get(key) for key in columns})
-    return rows
 
 
 # ----------------------------------------------------------------------------
@@ -200,13 +205,20 @@ class Wandb:
     def __init__(self, folder: Path, config, first_step: int):
         import wandb
 
+        id_file, run_id = folder / "wandb_id.txt", None
+        with suppress(OSError):  # a resumed run goes on with its own page
+            run_id = id_file.read_text(encoding="utf-8").strip() if first_step > 0 else None
         self.wandb = wandb
         self.run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name or folder.name,
             config=asdict(config),
+            id=run_id,
+            resume="allow",
             settings=wandb.Settings(login_timeout=60),  # seconds at a prompt nobody may see
         )
+        with whole_file(id_file) as file:
+            file.write(f"{self.run.id}\n")
 
     def log(self, numbers: dict, step: int) -> None:
         self.run.log(numbers, step=step)
@@ -222,7 +234,7 @@ class TensorBoard:
     def __init__(self, folder: Path, config, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a run that is resumed has written beyond its checkpoint is not shown any more
+        # What a resumed run had written after its checkpoint is no longer shown
         purge_step = first_step + 1 if first_step > 0 else None
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
 

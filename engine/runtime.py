@@ -1,9 +1,9 @@
 """
-The machine a script runs on: device, precision, compilation and torchrun's ranks, found once.
+The machine that a script runs on: device, precision, compilation and the ranks of torchrun.
 
-What is None in the configuration is found here: the device (cuda, else mps, else cpu), the dtype
-(bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere) and whether to compile
-(on cuda only).
+A setting that is None in the configuration is chosen here: the device (cuda, else mps, else cpu),
+the dtype (bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere) and whether to
+compile (on cuda only).
 """
 
 import ctypes
@@ -11,10 +11,12 @@ import gc
 import os
 import platform
 import signal
+import sys
 import time
+import traceback
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
-TIMEOUT = timedelta(minutes=10)  # of any operation among ranks: a rank that hangs ends the run
+TIMEOUT = timedelta(minutes=10)  # for operations among ranks: a rank that hangs ends the run
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,21 @@ class Runtime:
         return totals.tolist()
 
     def from_main(self, make: Callable[[], object]) -> object:
-        """What `make` returns on the main process, for every rank. Its UserError is everybody's."""
+        """What `make` returns on the main process, for every rank. All raise its UserError."""
         if self.world_size == 1:
             return make()
-        box = [None, None]
+        result, error_text = None, None
         if self.is_main:
             try:
-                box[0] = make()
+                result = make()
             except UserError as error:
-                box[1] = str(error)
-        dist.broadcast_object_list(box)
-        if box[1] is not None:
-            raise UserError(box[1])
-        return box[0]
+                error_text = str(error)
+        shared = [result, error_text]
+        dist.broadcast_object_list(shared)
+        result, error_text = shared
+        if error_text is not None:
+            raise UserError(error_text)
+        return result
 
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite tensors, of equal shapes on all ranks, with those of the main process."""
@@ -138,24 +142,25 @@ class Runtime:
         return f"{self.device} ({platform.machine()}{threads})"
 
     def peak_memory(self) -> float | None:
-        """MiB that this process has held at most, on the GPU if it uses one; None if not known.
-        Not getrusage: there a process begins with what the one that started it held."""
+        """Peak memory of this process in MiB, of the GPU if it uses one; None if not known.
+
+        getrusage would not do: its peak includes that of the process that started this one."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        with suppress(OSError):  # there is no /proc but on Linux
+        with suppress(OSError):  # only Linux has /proc
             return resident("VmHWM")
         return None
 
     def close(self) -> None:
-        """Leave the process group. DDP, which uses it, is part of reference cycles: were it not
-        collected before, it would end after the group, and abort or hang the process."""
+        """Leave the process group. DDP uses the group and is part of reference cycles: unless it is
+        collected first, it ends after the group, and aborts or hangs the process."""
         if dist.is_initialized():
             gc.collect()
             dist.destroy_process_group()
 
 
 def resident(field: str) -> float:
-    """MiB of this process, from a line of Linux' /proc/self/status."""
+    """A number of MiB in /proc/self/status, where Linux describes this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
@@ -167,48 +172,82 @@ def lost_rank(error: RuntimeError) -> bool:
 
 
 def say(line: str) -> None:
-    """Print to stdout. That it is full, or closed, is no reason to lose a run."""
+    """Print to stdout. A disk that is full, or a pipe that is closed, must not end a run."""
     with suppress(OSError):
         print(line, flush=True)
 
 
 class Interrupt:
-    """SIGTERM and SIGINT as a flag, while the context is open; a second one ends the process.
+    """SIGTERM and SIGINT as a flag, while the context is open; a second signal ends the process.
 
-    `signal` is the number of the first one that came, or 0. What comes within PATIENCE seconds of
-    it is the same one again: schedulers signal a whole group of processes, and torchrun its ranks.
+    `signal` is the number of the first signal, or 0. A signal within PATIENCE seconds of it counts
+    as the same one: schedulers signal a whole group of processes, and torchrun its ranks.
     """
 
     PATIENCE = 2.0
 
     def __init__(self):
-        self.signal, self.came = 0, 0.0
+        self.signal, self.time = 0, 0.0
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def counts(self) -> list[float]:
-        """1 or 0 for SIGTERM and for SIGINT, to be summed over ranks."""
-        return [float(self.signal == s) for s in (signal.SIGTERM, signal.SIGINT)]
+    def poll(self, rt: Runtime) -> int:
+        """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0."""
+        terminate, interrupt = rt.sum(
+            [float(self.signal == s) for s in (signal.SIGTERM, signal.SIGINT)]
+        )
+        return 143 if terminate else 130 if interrupt else 0
 
     def _note(self, number, frame):
         if not self.signal:
-            self.signal, self.came = number, time.monotonic()
-        elif time.monotonic() > self.came + self.PATIENCE:
+            self.signal, self.time = number, time.monotonic()
+        elif time.monotonic() > self.time + self.PATIENCE:
             os._exit(128 + number)
+
+
+@contextmanager
+def session(
+    device: str | None, dtype: str | None, compile: bool | None, backend: str | None
+) -> Iterator[Runtime]:
+    """`start`, and on the way out leave the process group.
+
+    Memory that runs out becomes a UserError. A rank that notices that another one is gone ends with
+    exit code 1, so that torchrun can restart them.
+    """
+    rt = start(device, dtype, compile, backend)
+    keep_freed_memory(rt.device_type)
+    try:
+        yield rt
+    except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # DDP must end before its process group
+        raise
+    except (MemoryError, RuntimeError) as error:
+        traceback.clear_frames(error.__traceback__)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if is_memory or "can't allocate memory" in reason:
+            repair = "halve --batch_size and double --gradient_accumulation_steps"
+            raise UserError(f"out of memory ({reason}); {repair}", this_rank=True) from error
+        if rt.world_size == 1 or not lost_rank(error):
+            raise
+        print(f"rank {rt.rank}: another rank is gone ({reason[:160]})", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        rt.close()
 
 
 def fresh_store(rank: int, world_size: int) -> dist.Store:
     """A part of torchrun's store that only the present processes know.
 
-    torchrun keeps one store over its restarts (torch 2.13), so that ranks find the addresses of
-    those that died. Here rank 0 makes up a prefix, and gives it to the others under names that they
-    make up.
+    torchrun keeps one store over its restarts (torch 2.13), so that ranks would find the addresses
+    of ranks that died. Here rank 0 makes up a prefix and hands it to the others, each under a name
+    that the other one has made up.
     """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
@@ -228,10 +267,10 @@ def fresh_store(rank: int, world_size: int) -> dist.Store:
 
 
 def keep_freed_memory(device_type: str) -> None:
-    """Have glibc reuse large blocks instead of handing them back to the system after every use.
+    """Have glibc reuse large blocks of memory instead of returning them to the system.
 
-    A step of training frees all that it took; to get it anew costs a page fault every 4 KiB, a
-    tenth of the step's time on a CPU. The price is a peak that is up to a fifth higher.
+    A training step frees all the memory that it took. To get it again costs a page fault every
+    4 KiB, a tenth of the step's time on a CPU. The price is a peak that is up to a fifth higher.
     """
     if device_type != "cpu":
         return
@@ -249,11 +288,11 @@ def start(
 
     Raises UserError for a device that this machine does not have.
     """
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if found == "cpu" and torch.backends.mps.is_available():
-        found = "mps"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if best == "cpu" and torch.backends.mps.is_available():
+        best = "mps"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = device or found
+    device = device or best
     if device == "cuda":  # torch wants an index; under torchrun each process takes its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -261,8 +300,9 @@ def start(
             raise RuntimeError("not a device to compute on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        told = f"device={device} can't be used here; leave it out for {found}"
-        raise UserError(told, this_rank=True) from error
+        raise UserError(
+            f"device={device} can't be used here; leave it out for {best}", this_rank=True
+        ) from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -278,8 +318,8 @@ def start(
                 options |= {"rank": rank, "world_size": world_size}
             dist.init_process_group(backend=backend, timeout=TIMEOUT, **options)
         except (RuntimeError, ValueError) as error:
-            told = f"rank {rank} can't join the others: {str(error).splitlines()[0]}"
-            raise UserError(told, this_rank=True) from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"rank {rank} can't join the others: {reason}", True) from error
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return Runtime(
         device,

@@ -1,11 +1,17 @@
 """What the tests share: a small data set, and scripts run in this process or in another."""
 
+import csv
 import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+# One thread in each process: pytest-xdist runs as many processes as there are cores, and OpenMP's
+# threads would wait for each other while another process has their core
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 
 import numpy as np
 import pytest
@@ -22,8 +28,7 @@ EVERY_ATTN_TYPE = [
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"]
 TINY += ["--gradient_accumulation_steps=2", "--eval_iters=2", "--device=cpu", "--dtype=float32"]
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def write_dataset(folder: Path, text: str) -> None:
@@ -81,6 +86,12 @@ def run_train(run, data_dir):
     """Train a tiny model on the data set abc: run_train("--out_dir=OUT", ...) -> stdout."""
     common = [*TINY, "--dataset=abc", f"--data_dir={data_dir}", "--max_iters=4", "--warmup_iters=2"]
     return lambda *args: run("train", *common, *args)
+
+
+def log_rows(folder: Path, name: str = "log.csv") -> list[dict[str, str]]:
+    """The rows of a run's log, as text."""
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def subprocess_run(*args: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:

@@ -94,6 +94,12 @@ def finish(*args: str) -> str:
     return out
 
 
+def finish_two_ranks(*args: str) -> None:
+    code, _, err = torchrun(*args).end()
+    if code != 0:
+        raise AssertionError(f"exit code {code} of {args}: {err[-500:]}")
+
+
 def wait_for(condition, process: Process, timeout: float = 60) -> bool:
     """True when condition() is; False if the process ends, or time is up, before."""
     end = time.monotonic() + timeout
@@ -134,6 +140,14 @@ def digest(out_dir: str) -> str:
 
 def same_digest(a: str, b: str) -> str | None:
     return None if digest(a) == digest(b) else f"the digests of {a} and {b} differ"
+
+
+def nearly_same(a: str, b: str) -> str | None:
+    """Runs on different numbers of ranks add in another order; AdamW makes the most of that."""
+    a, b = (ckpt.load(WORK / run / ckpt.LATEST) for run in (a, b))
+    gap = abs(a["best_val_loss"] - b["best_val_loss"])
+    same = a["iter_num"] == b["iter_num"] and gap < 1e-5
+    return None if same else f"steps {a['iter_num']}, {b['iter_num']}; losses {gap:.1e} apart"
 
 
 def one_line(code: int, err: str, expected: str = "") -> str | None:
@@ -222,8 +236,8 @@ def interrupts():
                 yield name, f"exit code {got}: {err[-300:]}"
             elif step > before + 1 + (place == "evaluation"):
                 yield name, f"signal after step {before}, saved after step {step}"
-            elif place == "evaluation" and checkpoint["evaluated"] == step:
-                yield name, f"the evaluation of step {step} was over before the signal"
+            elif place == "evaluation" and checkpoint["evaluated"] != step - 1:
+                yield name, f"step {step - 1} was not being evaluated when the signal came"
             else:
                 yield name, None
             more = ["--init_from=resume"]
@@ -477,7 +491,7 @@ DISTRIBUTED += ["--gradient_accumulation_steps=8", "--log_interval=1"]
 def killed_rank():
     """Rank 1 of 2 killed under --max-restarts"""
     args = DISTRIBUTED
-    finish(*args, "--out_dir=ranks-reference")
+    finish_two_ranks(*args, "--out_dir=ranks-reference")
     agent = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
     process = torchrun(*args, "--out_dir=ranks", agent=agent)
     wait_for(lambda: last_step("ranks") >= 12, process)
@@ -499,7 +513,7 @@ def world_sizes():
     code, _, err = process.end()
     yield "1 -> 2", None if code == 0 else f"exit code {code}: {err[-500:]}"
     finish(*args, "--out_dir=world", "--init_from=resume")
-    yield "2 -> 1", same_digest("world", "world-reference")
+    yield "2 -> 1", nearly_same("world", "world-reference")
     process = torchrun(*args, "--out_dir=term")
     wait_for(lambda: last_step("term") >= 3, process)
     process.kill(signal.SIGTERM)
@@ -507,14 +521,14 @@ def world_sizes():
     step = ckpt.load(WORK / "term" / ckpt.LATEST)["iter_num"]
     yield "SIGTERM", None if step <= last_step("term") + 1 else f"saved at step {step}"
     finish(*args, "--out_dir=term", "--init_from=resume")
-    yield "SIGTERM, then 1 rank", same_digest("term", "world-reference")
+    yield "SIGTERM, then 1 rank", nearly_same("term", "world-reference")
 
 
 def two_agents():
     """Two torchrun agents on localhost, one rank killed"""
     args = DISTRIBUTED
     if not (WORK / "ranks-reference").exists():
-        finish(*args, "--out_dir=ranks-reference")
+        finish_two_ranks(*args, "--out_dir=ranks-reference")
     agent = "--nnodes=2 --nproc_per_node=1 --max-restarts=2 --rdzv-backend=c10d --rdzv-id=faults"
     agent = (*agent.split(), f"--rdzv-endpoint=localhost:{free_port()}", "--local-addr=localhost")
     agents = [torchrun(*args, "--out_dir=agents", agent=agent) for _ in range(2)]

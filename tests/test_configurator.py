@@ -1,7 +1,9 @@
 """configurator.py: defaults < config files < --key=value, and every mistake in one line."""
 
+import os
 import re
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import pytest
 from conftest import ROOT, Failed, subprocess_run
@@ -12,6 +14,9 @@ import export
 import sample
 import train
 from configurator import CONFIG_DIR, UserError, help_text, parse
+from engine import start
+
+TYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Config:
     bias: bool = False  # biases
     out_dir: str = "out"  # folder
     top_k: int | None = 3  # likeliest
-    dtype: str | None = None  # type
+    dtype: Literal["float32", "bfloat16"] | None = None  # One of {TYPES}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,7 @@ class Config:
         ("--out_dir=a=b", "out_dir", "a=b"),
         ("--out_dir=7", "out_dir", "7"),
         ("--out_dir=", "out_dir", ""),
+        ("--out_dir=~/run", "out_dir", os.path.expanduser("~/run")),
         ("--top_k=None", "top_k", None),
         ("--dtype=auto", "dtype", None),
         ("--dtype=float32", "dtype", "float32"),
@@ -60,15 +66,22 @@ def test_text_becomes_a_value_of_the_keys_type(arg, key, value):
         ("--learning_rate=nan", "learning_rate must be float"),
         ("--learning_rate=-1", "must not be negative"),
         ("--bias=yes", "bias must be bool"),
-        ("--dtype=float8", "float32, bfloat16"),
+        ("--dtype=float8", "dtype must be float32 or bfloat16 or None"),
         ("--n_embd=__import__('os')", "n_embd must be int"),
         ("-n_embd=3", "--key=value"),
         ("no_such_file", "train_11"),
     ],
 )
-def test_a_wrong_argument_is_told_with_what_is_allowed(arg, said):
+def test_a_wrong_argument_is_answered_with_what_is_allowed(arg, said):
     with pytest.raises(UserError, match=re.escape(said)):
         parse(Config, [arg])
+
+
+@pytest.mark.parametrize("line", ["n_embd = '7'", "learning_rate = '1e-3'", "bias = 'true'"])
+def test_text_for_a_number_is_for_the_command_line_only(tmp_path, line):
+    (tmp_path / "a.py").write_text(line + "\n")
+    with pytest.raises(UserError, match="must be (int|float|bool)"):
+        parse(Config, [str(tmp_path / "a.py")])
 
 
 def test_the_later_one_wins(tmp_path):
@@ -121,14 +134,18 @@ def test_help_has_a_line_for_every_key(script):
         assert re.search(rf"^  --{field.name}=\S.* \w", text, re.MULTILINE), field.name
 
 
+def test_a_comment_may_name_the_values_of_a_registry():
+    assert "One of float32, bfloat16" in help_text(Config)
+
+
 def test_every_key_is_read_somewhere():
     code = {p.name: p.read_text() for p in ROOT.glob("*.py")}
-    code["train.py"] += code["runlog.py"] + code["evaluate.py"]  # they get the config too
+    code["train.py"] += "".join(p.read_text() for p in ROOT.glob("engine/*.py"))  # they get it too
     for script in (train, sample, export):
         for field in fields(script.Config):
             reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script.__name__}.py"]))
             # or in a loop over the names
-            reads += field.name in (*train.ARCHITECTURE, *train.KEPT)
+            reads += field.name in (*start.ARCHITECTURE, *start.KEPT)
             assert reads > 0, f"{script.__name__}.py never reads {field.name}"
     for name in BENCH_KEYS:
         assert re.search(rf"config\.{name}\b", code["bench.py"]), name

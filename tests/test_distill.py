@@ -117,7 +117,7 @@ def test_a_compiled_conversion_does_the_same(run_train, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--optimizer=muon", "--lora_rank=2"]])
-def test_two_ranks_end_where_one_does(run_train, tmp_path, data_dir, options):
+def test_two_ranks_end_where_one_does_up_to_rounding(run_train, tmp_path, data_dir, options):
     run_train("--out_dir=teacher", "--attn_type=SM")
     args = [*DISTILL[:2], "--attn_type=GK", "--distill_iters=2", "--max_iters=4", *options]
     args += ["--dataset=abc", f"--data_dir={data_dir}", "--batch_size=4", "--device=cpu"]
@@ -128,7 +128,8 @@ def test_two_ranks_end_where_one_does(run_train, tmp_path, data_dir, options):
         done = subprocess_run(*launch, train, *args, f"--out_dir={out}", cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
     two = weights(tmp_path / "two")
-    assert all(torch.equal(t, two[name]) for name, t in weights(tmp_path / "one").items())
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_mistakes_are_one_line(run_train, tmp_path):

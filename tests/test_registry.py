@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, subprocess_run, write_dataset
 import model
 from model import Pointwise, attention, choose, refusals
 
-# Trains two steps, samples, benches, and runs the suite's walks over the registry, in one process
+# Asks for help, trains two steps, samples, benches and runs the suite's walks, in one process
 SCRIPT = """
 import sys
 import pytest
@@ -21,6 +21,7 @@ def call(script, *args):
     sys.argv = [f"{script.__name__}.py", *args]
     configurator.run(script.main)
 
+assert "PA_cube" in configurator.help_text(train.Config)
 tiny, *tests = sys.argv[1].split(","), *sys.argv[2:]
 call(train, *tiny, "--attn_type=PA_cube", "--dataset=abc", "--data_dir=sets", "--max_iters=2")
 call(sample, "--num_samples=1", "--max_new_tokens=5", "--start=the", "--device=cpu")

@@ -1,0 +1,114 @@
+"""
+The folder of a run: which one it is, how it is made ready, and what it says about the machine.
+"""
+
+import json
+import os
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from configurator import ROOT, UserError
+from engine import checkpoint as ckpt
+from engine.files import whole_file
+from engine.runtime import Runtime
+
+
+def run_folder(config) -> Path:
+    """The folder that the run writes to. A finetune has one of its own.
+
+    Links are followed, so that a folder on another disk stays there. Raises UserError where the run
+    would write to the folder that it starts from.
+    """
+    source = Path(config.out_dir).resolve()
+    if config.init_from == "distill" and Path(config.teacher).resolve().is_relative_to(source):
+        raise UserError(f"out_dir={config.out_dir} holds the teacher; choose another")
+    if config.init_from != "finetune":
+        return source
+    name = Path(config.out_dir).absolute().name
+    folder = Path(config.out_dir).absolute().with_name(f"{name}-finetune-{config.attn_type}")
+    folder = Path(config.save_dir or folder).resolve()
+    if source.is_relative_to(folder):
+        raise UserError(f"save_dir={folder} holds the run to start from; choose another")
+    return folder
+
+
+def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
+    """Make the folder of a run (start.Start), with config.json and, if there must be one, base.pt.
+
+    Returns the folder, and what each checkpoint says about base.pt. A run that is already there is
+    moved aside, and so is the damaged checkpoint of a run that goes on from the checkpoint before
+    it. Raises UserError if the folder can't be written.
+    """
+    config, folder = run.config, run_folder(run.config)
+    resumes = config.init_from == "resume"
+    if config.init_from == "finetune":
+        rt.print(f"finetune of {config.out_dir}, written to {os.path.relpath(folder)}")
+
+    def make() -> dict | None:
+        try:
+            if not resumes:
+                move_aside(folder, rt)
+            elif run.path.name != ckpt.LATEST and (folder / ckpt.LATEST).exists():
+                os.replace(folder / ckpt.LATEST, folder / f"{ckpt.LATEST}.damaged")
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = {**asdict(config), "found": environment(run.fingerprint, rt)}
+            with whole_file(folder / "config.json") as file:
+                file.write(json.dumps(settings, indent=2) + "\n")
+            if resumes:
+                return run.checkpoint.get("base")
+            unchanged = run.teacher or (run.model if config.lora_rank else None)
+            source = run.path or config.teacher or config.init_from
+            return unchanged and ckpt.save_base(unchanged, str(source), folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder} can't be written ({error.strerror}); choose another folder, or make room"
+            ) from error
+
+    return folder, rt.from_main(make)
+
+
+def environment(fingerprint: dict, rt: Runtime) -> dict:
+    """What config.json says beside the settings: machine, versions, data and commit."""
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "device": rt.device,
+        "dtype": rt.dtype,
+        "compile": rt.compile,
+        "world_size": rt.world_size,
+        "torch": torch.__version__,
+        "launch": rt.launch,
+        "device_name": rt.device_name(),
+        "data": fingerprint,
+        "commit": commit,
+    }
+
+
+def move_aside(folder: Path, rt: Runtime) -> None:
+    """Rename a folder that holds a run to the first free name of FOLDER.1, FOLDER.2, ..."""
+    if holds_checkpoint(folder) or (folder / "log.csv").exists():
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
+            n += 1
+        folder.rename(aside)
+        before, after = os.path.relpath(folder), os.path.relpath(aside)
+        rt.print(f"{before} holds a run already: moved to {after}")
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (ckpt.LATEST, ckpt.PREVIOUS))
+
+
+def saved_by_this_launch(folder: Path, rt: Runtime) -> bool:
+    """Whether `folder` holds a checkpoint that an earlier start of the same torchrun wrote."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return holds_checkpoint(folder) and settings["found"]["launch"] == rt.launch
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,451 @@
+"""
+What a run begins with: settings, data and weights, for each value of init_from.
+
+    scratch     new weights, for the vocabulary of the data set
+    resume      the run in out_dir: its settings, weights, optimizer and step
+    finetune    the settings and weights of the run in out_dir, with a folder of its own
+    distill     the weights of a teacher, whose attention is to be replaced
+    NAME        a GPT-2 of transformers: gpt2[-medium|-large|-xl], a folder or a hub name
+
+The settings are those of train.Config, given here as `config`; `given` are the keys that the user
+set. Settings of the run or teacher that weights come from take the place of train.py's defaults.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import configurator
+from configurator import UserError
+from data.dataset import DATA_DIR, Dataset
+from data.tokenizer import meta_of_folder
+from engine import checkpoint as ckpt
+from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
+from engine.runtime import Runtime
+from model import GPT, GPTConfig, choose
+
+# What resume takes from the checkpoint, and finetune and GPT-2 from the weights they start with
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
+# What a resumed run can't change, while a finetune may
+KEPT = ("attn_type", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
+# Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
+AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
+# What belongs to a launch rather than to the run: never read from a checkpoint's config
+PER_LAUNCH = set(
+    "out_dir save_dir init_from eval_only datasets eval_stride data_dir device dtype compile "
+    "backend attn_impl allow_mismatch skip_nonfinite".split()
+)
+# What a resumed run must share with the run before, to end where that one would have ended
+TRAJECTORY = (
+    "seed dataset gradient_accumulation_steps batch_size dropout optimizer learning_rate "
+    "weight_decay beta1 beta2 grad_clip decay_lr lr_schedule warmup_iters lr_decay_iters min_lr "
+    "teacher distill_iters"
+).split()
+# Keys that do nothing without another key
+NEEDS = {
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
+    "distill_iters": "teacher",
+    "eval_stride": "datasets",
+}
+
+
+class Weights(NamedTuple):
+    """The weights that init_from names, as a model on the CPU."""
+
+    model: GPT
+    tokenizer_meta: dict | None  # describes the tokenizer that they were trained with, if known
+    source: object  # where they come from, for messages
+
+
+@dataclass
+class Start:
+    """What a run begins with; the model and its teacher are on the device, equal on all ranks."""
+
+    config: object  # its architecture is the model's, whatever the defaults were
+    model: GPT  # the one to train, neither compiled nor under DDP
+    weights: Weights
+    data: Dataset | None  # None if other data sets are to be evaluated
+    fingerprint: dict | None  # SHA-256 of the data
+    checkpoint: dict | None  # the one that weights come from; without tensors on other ranks
+    path: Path | None  # of that checkpoint
+    teacher: GPT | None  # whose attention the model's is still to be matched with
+
+
+def begin(config_class: type, given: dict, rt: Runtime) -> Start:
+    """Everything that init_from and the other keys in `given` ask for.
+
+    Raises UserError if it can't be had, or does not go together.
+    """
+    given = after_restart(config_class(**given), given, rt)
+    config, checkpoint, path = read_config(config_class, given, rt)
+    data = None if config.datasets else open_data(config, rt)
+    if data and rt.world_size > 1:
+        check_same_everywhere(data, rt)
+
+    torch.manual_seed(config.seed)  # of new weights and of adapters
+    match config.init_from:
+        case "scratch":
+            weights = from_scratch(config, data)
+        case "resume":
+            weights = from_run_to_resume(config, given, checkpoint, path)
+        case "finetune":
+            weights = from_run_to_finetune(config, given, checkpoint, path)
+        case "distill":
+            weights = from_teacher(config, checkpoint, path)
+        case _:
+            weights = from_pretrained(config, given)
+    model, teacher = weights.model, None
+    if config.init_from != "scratch":
+        check_architecture(model, given, weights.source, may_crop=config.init_from != "resume")
+        if data:
+            data.check_model(model.config.vocab_size, weights.tokenizer_meta, weights.source)
+    model.to(rt.device)
+    rt.broadcast(list(model.state_dict().values()))
+
+    if config.init_from == "distill":
+        run_folder(config)  # refuses the folder of the teacher
+        model, teacher = student_of(model, config, given).to(rt.device), model
+    for key in (*ARCHITECTURE, *KEPT):
+        setattr(config, key, getattr(model.config, key))
+    config.distill_iters = matching_steps(config) if config.teacher else None
+    if data:
+        data.check_length(config.block_size)
+    trains = data and not config.eval_only
+    fingerprint = rt.from_main(data.fingerprint) if trains else None
+    if config.init_from == "resume" and trains:
+        if not config.allow_mismatch:
+            check_fingerprint(checkpoint, fingerprint, path, data.name)
+        if checkpoint.get("iter_num", 0) < matching_steps(config):
+            teacher = teacher_of_run(path.parent, checkpoint.get("base"), rt)
+    return Start(config, model, weights, data, fingerprint, checkpoint, path, teacher)
+
+
+# ----------------------------------------------------------------------------
+# Settings
+
+
+def after_restart(config, given: dict, rt: Runtime) -> dict:
+    """`given`, or what resumes the run that torchrun has started again, whatever init_from was."""
+    (restarts,) = rt.sum([float(rt.restarts)])  # nodes may have counted differently
+    if not restarts:
+        return given
+
+    def folder_of_this_launch() -> str | None:
+        folders = [Path(config.out_dir)]
+        if config.init_from == "finetune":  # its folder may be named for the source's attn_type
+            source = Path(config.out_dir).absolute()
+            folders = source.parent.glob(f"{source.name}-finetune-*")
+            folders = [Path(config.save_dir)] if config.save_dir else folders
+        return next((str(f) for f in folders if saved_by_this_launch(f, rt)), None)
+
+    folder = rt.from_main(folder_of_this_launch)
+    if folder is None:
+        return given
+    rt.print(f"restarted: going on with {os.path.relpath(folder)}")
+    return {**given, "init_from": "resume", "out_dir": folder, "save_dir": None}
+
+
+def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
+    """The settings, checked, and the checkpoint that they go on from with its path, or None, None.
+
+    Only the main process reads the checkpoint; the others get it without its tensors.
+    """
+    config, checkpoint, path = config_class(**given), None, None
+    folder = None
+    if config.init_from in ("resume", "finetune"):
+        folder = Path(config.out_dir)
+    elif config.init_from == "distill" and config.teacher is not None:
+        folder = Path(config.teacher)
+        folder = folder if rt.from_main(lambda: holds_checkpoint(folder)) else None
+    if folder is not None:
+        checkpoint, path = read_checkpoint(folder, rt)
+        keys = {f.name for f in fields(config)} - PER_LAUNCH
+        if config.init_from != "resume":
+            keys -= {"teacher", "distill_iters"}
+        # model_args say what the weights are, config what the user wanted
+        saved = {
+            key: configurator.convert(
+                config_class, key, value, f"{key}={value!r} in the config of {path}"
+            )
+            for key, value in {**checkpoint["config"], **checkpoint["model_args"]}.items()
+            if key in keys
+        }
+        config = config_class(**{**saved, **given})
+    check(config)
+    for key, other in NEEDS.items():
+        if given.get(key) is not None and not getattr(config, other):
+            raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
+    if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
+        check_trajectory(config_class(**saved), config, path)
+    return config, checkpoint, path
+
+
+def read_checkpoint(folder: Path, rt: Runtime) -> tuple[dict, Path]:
+    """The newest whole checkpoint in `folder`, whole on the main process, and its path."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, but a run is named by its folder; pass --out_dir={folder.parent}"
+        )
+    checkpoint = None
+
+    def read() -> tuple[dict, Path]:
+        nonlocal checkpoint
+        checkpoint, path, warning = ckpt.load_newest(folder)
+        if warning:
+            rt.print(warning)
+        return {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}, path
+
+    without_tensors, path = rt.from_main(read)
+    return checkpoint or without_tensors, path
+
+
+def check(config) -> None:
+    """Raise UserError for values that are impossible, or impossible together."""
+    configurator.check_rules(asdict(config))
+    try:
+        GPTConfig(**{key: getattr(config, key) for key in ARCHITECTURE}, **model_overrides(config))
+    except ValueError as error:
+        raise UserError(error) from error
+    for key in ("out_dir", "save_dir"):
+        folder = getattr(config, key)
+        if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
+            )
+    if config.datasets is not None and not (config.eval_only and config.init_from != "scratch"):
+        raise UserError(
+            "datasets are for the evaluation of a trained model: "
+            f"python evaluate.py --out_dir=OUT --datasets={config.datasets}"
+        )
+    if config.init_from == "distill" and config.teacher is None:
+        raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or --teacher=gpt2")
+    if config.teacher is not None and config.init_from not in ("distill", "resume"):
+        raise UserError("teacher is for --init_from=distill")
+    if config.save_dir is not None and config.init_from != "finetune":
+        raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
+    # A run that nanoGPT has trained with a rising rate may go on with it
+    if config.init_from != "resume" and config.decay_lr:
+        if config.min_lr is not None and config.min_lr > config.learning_rate:
+            raise UserError(
+                f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}; pass "
+                "a lower one, or --min_lr=none for a tenth of the learning rate"
+            )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if not config.eval_only and config.gradient_accumulation_steps % world_size:
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} can't be shared "
+            f"among {world_size} ranks; pass a multiple of {world_size}"
+        )
+
+
+def check_trajectory(old, new, path: Path) -> None:
+    """Raise UserError if a resumed run would not go on as the run in `path` did."""
+    before, after = asdict(old), asdict(new)
+    for settings, config in ((before, old), (after, new)):
+        settings["lr_decay_iters"], settings["min_lr"] = schedule(config)
+    changed = [key for key in TRAJECTORY if before[key] != after[key]]
+    repairs = []
+    # What follows from another key is not what the user gave
+    if "lr_decay_iters" in changed and new.lr_decay_iters is None:
+        changed.remove("lr_decay_iters")
+        repairs.append(
+            f"--max_iters={new.max_iters} would move the end of the learning rate's decay: pass "
+            f"--lr_decay_iters={before['lr_decay_iters']} to keep it"
+        )
+    if "min_lr" in changed and new.min_lr is None:
+        changed.remove("min_lr")
+    if changed:
+        text = lambda value: f"{value:g}" if type(value) is float else str(value)
+        values = ", ".join(f"{key}={text(before[key])}, not {text(after[key])}" for key in changed)
+        repairs.insert(0, f"{path} has {values}: leave out --{' --'.join(changed)}")
+    if repairs:
+        raise UserError(f"{'; '.join(repairs)}; or pass --allow_mismatch=True")
+
+
+# ----------------------------------------------------------------------------
+# What the settings come to
+
+
+def schedule(config) -> tuple[int, float]:
+    """lr_decay_iters and min_lr, with the meaning of `auto` filled in."""
+    if not config.decay_lr:
+        return 0, config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    return end, config.learning_rate / 10 if config.min_lr is None else config.min_lr
+
+
+def tokens_per_step(config) -> int:
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
+def matching_steps(config) -> int:
+    """Number of steps that match the teacher's attention, before the whole model is trained."""
+    if config.teacher is None:
+        return 0
+    return config.max_iters // 2 if config.distill_iters is None else config.distill_iters
+
+
+def model_overrides(config) -> dict:
+    """The fields of GPTConfig that may differ from those of the weights a model starts with."""
+    return {key: getattr(config, key) for key in (*KEPT, "attn_impl", "dropout")}
+
+
+def choose_implementation(config, rt: Runtime) -> str:
+    """The implementation of attention that will run. Raises UserError if attn_impl can't."""
+    head_size, dtype = config.n_embd // config.n_head, getattr(torch, rt.dtype)
+    try:
+        return choose(
+            config.attn_impl, config.attn_type, head_size, dtype, rt.device, dropout=config.dropout
+        )
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+# ----------------------------------------------------------------------------
+# Data
+
+
+def open_data(config, rt: Runtime) -> Dataset:
+    """The data set; pydocs, which needs no network, is prepared here when it is missing."""
+    folder = Path(config.data_dir or DATA_DIR) / config.dataset
+    if config.dataset == "pydocs" and rt.local_rank == 0 and not (folder / "meta.json").exists():
+        script = DATA_DIR / "pydocs" / "prepare.py"
+        if subprocess.run([sys.executable, script, "--out", folder]).returncode:
+            raise UserError(f"data set pydocs could not be prepared; try  python {script}")
+    rt.barrier()
+    return Dataset(config.dataset, config.data_dir)
+
+
+def check_same_everywhere(data: Dataset, rt: Runtime) -> None:
+    """Raise UserError on all ranks unless each has the same files."""
+    expected, own = rt.from_main(data.fingerprint), None
+    with suppress(UserError):
+        own = expected if rt.is_main else data.fingerprint()
+    if any(rt.gather("" if own == expected else "differs")):
+        raise UserError(f"data set {data.name} is not the same on all nodes; copy it from one")
+
+
+def check_fingerprint(checkpoint: dict, fingerprint: dict, path: Path, name: str) -> None:
+    """Raise UserError if the data of the run in `path` have changed since."""
+    changed = [s for s, sha256 in checkpoint["data"].items() if fingerprint.get(s) != sha256]
+    if changed:
+        raise UserError(
+            f"{changed[0]}.bin of data set {name} is not what {path} was trained on; put that file "
+            "back, or pass --allow_mismatch=True"
+        )
+
+
+# ----------------------------------------------------------------------------
+# Weights
+
+
+def from_scratch(config, data: Dataset) -> Weights:
+    """New weights, for the vocabulary of the data."""
+    data.check_length(config.block_size)
+    # GPT-2's vocabulary is padded to a multiple of 64, which is faster
+    vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
+    shape = {key: getattr(config, key) for key in ARCHITECTURE}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape, **model_overrides(config)))
+    return Weights(model, data.tokenizer, "scratch")
+
+
+def from_run_to_resume(config, given: dict, checkpoint: dict, path: Path) -> Weights:
+    """The weights of a run that goes on, which must stay the model that it is."""
+    saved = ckpt.config_of(checkpoint, path)
+    for key in KEPT:
+        if key in given and given[key] != getattr(saved, key):
+            raise UserError(
+                f"{path} was trained with {key}={getattr(saved, key)}; to start from its weights "
+                f"with {key}={given[key]}, use --init_from=finetune"
+            )
+    overrides = {"attn_impl": config.attn_impl, "dropout": config.dropout}
+    model = ckpt.build_model(checkpoint, path, **overrides)
+    return Weights(model, checkpoint.get("tokenizer"), path)
+
+
+def from_run_to_finetune(config, given: dict, checkpoint: dict, path: Path) -> Weights:
+    """The weights of a run, perhaps with another attention or with adapters."""
+    overrides = model_overrides(config)
+    if ckpt.config_of(checkpoint, path).pa_length is None:
+        overrides["pa_length"] = given.get("block_size")  # L is the length PA will be trained with
+    model = ckpt.build_model(checkpoint, path, **overrides)
+    return Weights(model, checkpoint.get("tokenizer"), path)
+
+
+def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
+    """The teacher: a run, or else a GPT-2."""
+    if checkpoint is not None:
+        model = ckpt.build_model(checkpoint, path, **AS_TEACHER)
+        return Weights(model, checkpoint.get("tokenizer"), path)
+    try:
+        model = GPT.from_pretrained(config.teacher, AS_TEACHER)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher={config.teacher} has no checkpoint and is no GPT-2 ({error}); train it "
+            "first, or pass --teacher=gpt2"
+        ) from error
+    return Weights(model, meta_of_folder(config.teacher), config.teacher)
+
+
+def from_pretrained(config, given: dict) -> Weights:
+    """A GPT-2 of transformers, or a folder that export.py has written."""
+    name = config.init_from
+    if (run := Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)).is_dir():
+        if holds_checkpoint(run):
+            raise UserError(
+                f"init_from={name} is the folder of a run; pass --init_from=resume --out_dir={run},"
+                f" or --init_from=finetune --out_dir={run}"
+            )
+    overrides = {k: v for k, v in model_overrides(config).items() if k in given}
+    try:
+        model = GPT.from_pretrained(name, overrides, given.get("block_size"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
+            "gpt2-large, gpt2-xl, or the folder or hub name of such a model"
+        ) from error
+    return Weights(model, meta_of_folder(name), name)
+
+
+def student_of(teacher: GPT, config, given: dict) -> GPT:
+    """The teacher's weights, with the attention that the user wants."""
+    like_teacher = {"model": teacher.state_dict(), "model_args": teacher.config.model_args()}
+    overrides = {**model_overrides(config), "pa_length": given.get("block_size")}
+    torch.manual_seed(config.seed)  # of adapters
+    return ckpt.build_model(like_teacher, Path(config.teacher), **overrides)
+
+
+def teacher_of_run(folder: Path, base: dict | None, rt: Runtime) -> GPT:
+    """The teacher of the run in `folder`, from its base.pt, which the main process reads."""
+    checkpoint = None
+
+    def read() -> dict:
+        nonlocal checkpoint
+        checkpoint = ckpt.load_base(folder, base)
+        return {"model_args": checkpoint["model_args"]}
+
+    without_tensors = rt.from_main(read)
+    teacher = ckpt.build_model(checkpoint or without_tensors, folder / ckpt.BASE).to(rt.device)
+    rt.broadcast(list(teacher.state_dict().values()))
+    return teacher
+
+
+def check_architecture(model: GPT, given: dict, source: object, may_crop: bool) -> None:
+    """Crop the model to the block_size that the user gave, if that `may_crop` it.
+
+    Raises UserError if the user gave another architecture than the weights have.
+    """
+    for key in ARCHITECTURE:
+        has, wanted = getattr(model.config, key), given.get(key)
+        crops = key == "block_size" and may_crop and wanted and wanted <= has
+        if wanted not in (None, has) and not crops:
+            raise UserError(f"{source} has {key}={has}, not {wanted}; leave --{key} out")
+    if given.get("block_size", model.config.block_size) < model.config.block_size:
+        model.crop_block_size(given["block_size"])
