@@ -425,6 +425,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
         """Append `max_new_tokens` drawn tokens to idx: (B, T) -> (B, T + max_new_tokens). The other
-        arguments are those of generation.stream from temperature and top_k on. `eval()` first."""
+        arguments are those of generation.stream, from temperature on. Call `eval()` first."""
         drawn = stream(self, list(idx), 1, max_new_tokens, *args, **options)
         return torch.cat((idx, *(ids[:, None] for ids in drawn)), dim=1)

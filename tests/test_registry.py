@@ -19,7 +19,10 @@ import bench, configurator, sample, train
 
 def call(script, *args):
     sys.argv = [f"{script.__name__}.py", *args]
-    configurator.run(script.main)
+    try:
+        configurator.run(script.main)
+    except SystemExit as stop:
+        assert not stop.code, stop.code
 
 assert "PA_cube" in configurator.help_text(train.Config)
 tiny, *tests = sys.argv[1].split(","), *sys.argv[2:]
