@@ -86,11 +86,8 @@ def prefill(model, prompts: list[Tensor], cache: KVCache, rows: Tensor) -> Tenso
 def draw(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float
 ) -> Tensor:
-    """Token ids (B,) from logits (B, V) and random numbers `uniform` (B,) in (0, 1].
-
-    Each is the id at which the cumulative probability reaches the random number. This needs no
-    random state, and does not wait for the device.
-    """
+    """Token ids (B,) from logits (B, V) and random numbers `uniform` (B,) in (0, 1]: each the id at
+    which the cumulative probability reaches the random number. It does not wait for the device."""
     if temperature == 0:
         return logits.argmax(-1)
     ids, k = None, min(top_k or logits.size(-1), logits.size(-1))

@@ -9,34 +9,12 @@ import torch
 # Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets (fp16 for V100 and T4).
 # The first of these names that occurs in a device's name counts.
 PEAK_TFLOPS = {
-    "GB200": 2500,
-    "B300": 2250,
-    "B200": 2250,
-    "H200 NVL": 835,
-    "H200": 989,
-    "GH200": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H800": 989,
-    "H20": 148,
-    "A100": 312,
-    "A800": 312,
-    "A10G": 70,
-    "A10": 125,
-    "A40": 150,
-    "RTX A6000": 155,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "T4": 65,
-    "V100": 125,
-    "RTX 5090": 210,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "MI300X": 1307,
-    "MI250X": 383,
-}
+    "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989,
+    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312,
+    "A800": 312, "A10G": 70, "A10": 125, "A40": 150, "RTX A6000": 155, "L40S": 362, "L40": 181,
+    "L4": 121, "T4": 65, "V100": 125, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+    "MI300X": 1307, "MI250X": 383,
+}  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -36,13 +36,10 @@ def read_gpt2(
     is_folder = Path(name).is_dir()
     try:
         local = is_folder or not reachable(HUB)  # without the hub, its cache may have the model
-        hf_config = AutoConfig.from_pretrained(
-            name, local_files_only=local, trust_remote_code=False
-        )
+        options = {"local_files_only": local}
+        hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
-        hf, info = GPT2LMHeadModel.from_pretrained(
-            name, local_files_only=local, output_loading_info=True
-        )
+        hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)
     except OSError as error:
         if is_folder:
             raise ValueError(f"{name!r} is not a whole model: {error}") from error
@@ -69,10 +66,8 @@ def read_gpt2(
 def config_args(hf_config: Any, name: str) -> dict:
     """The arguments of GPTConfig that a config of transformers means. Raises ValueError for what
     model.py can't build."""
-    if hf_config.model_type != "gpt2":
-        raise ValueError(
-            f"{name!r} is a {hf_config.model_type} model; only GPT-2's architecture fits"
-        )
+    if (kind := hf_config.model_type) != "gpt2":
+        raise ValueError(f"{name!r} is a {kind} model; only GPT-2's architecture fits")
     if (
         hf_config.activation_function not in GELU
         or hf_config.n_inner not in (None, 4 * hf_config.n_embd)
