@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+# INSTALL="uv pip install --python .venv" is faster, and takes torch's CPU build where there is no GPU
+INSTALL ?= $(PY) -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 # The folder that `make train` writes to and draws its text from
 OUT := $(or $(patsubst --out_dir=%,%,$(lastword $(filter --out_dir=%,$(ARGS)))),out-11)
@@ -45,9 +47,9 @@ clean:  ## remove .venv and Python's caches; runs and data stay
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@

@@ -352,6 +352,7 @@ def first_of(split: str, run: start.Start, rt: runtime.Runtime) -> torch.Tensor:
 def main() -> None:
     given = configurator.parse(Config, sys.argv[1:])
     config = Config(**given)
+    start.check_dataset_is_named(sys.argv[1:], given, config)
     with (
         runtime.session(config.device, config.dtype, config.compile, config.backend) as rt,
         ExitStack() as stack,

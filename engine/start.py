@@ -23,7 +23,7 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import DATA_DIR, Dataset
+from data.dataset import DATA_DIR, Dataset, known_datasets
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
@@ -310,6 +310,18 @@ def choose_implementation(config, rt: Runtime) -> str:
 
 # ----------------------------------------------------------------------------
 # Data
+
+
+def check_dataset_is_named(argv: list[str], given: dict, config) -> None:
+    """Raise UserError if a config file leaves the data set to a default.
+
+    nanoGPT's config files count on its default, openwebtext. Here it is pydocs, for a first try
+    without any file: to train on that by surprise would waste a run.
+    """
+    file = next((arg for arg in argv if not arg.startswith("-")), None)
+    inherits = config.init_from in ("resume", "finetune", "distill")
+    if file and "dataset" not in given and not inherits and not config.datasets:
+        raise UserError(f"{file} names no data set; pass --dataset=NAME: {known_datasets()}")
 
 
 def open_data(config, rt: Runtime) -> Dataset:

@@ -219,3 +219,36 @@ def test_a_mistake_reaches_the_terminal_whichever_rank_ends_first(tmp_path):
     done = subprocess_run(*torchrun, ROOT / "train.py", "late.py", "--device=cpu", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: n_embd=30 is not divisible by n_head=4") == 1
+
+
+NANOGPT_CONFIGS = {  # what each config file of nanoGPT's repository sets
+    "train_gpt2": "wandb_log = True\nwandb_project = 'owt'\nwandb_run_name = 'gpt2-124M'\n"
+    "batch_size = 12\nblock_size = 1024\ngradient_accumulation_steps = 5 * 8\n"
+    "max_iters = 600000\nlr_decay_iters = 600000\neval_interval = 1000\neval_iters = 200\n"
+    "log_interval = 10\nweight_decay = 1e-1\n",
+    "eval_gpt2": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\n"
+    "init_from = 'gpt2'\n",
+    "finetune_shakespeare": "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\n"
+    "eval_iters = 40\nwandb_log = False\nwandb_project = 'shakespeare'\n"
+    "wandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\ninit_from = 'gpt2-xl'\n"
+    "always_save_checkpoint = False\nbatch_size = 1\ngradient_accumulation_steps = 32\n"
+    "max_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n",
+    "train_shakespeare_char": "out_dir = 'out-shakespeare-char'\neval_interval = 250\n"
+    "eval_iters = 200\nlog_interval = 10\nalways_save_checkpoint = False\nwandb_log = False\n"
+    "wandb_project = 'shakespeare-char'\nwandb_run_name = 'mini-gpt'\n"
+    "dataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\nbatch_size = 64\n"
+    "block_size = 256\nn_layer = 6\nn_head = 6\nn_embd = 384\ndropout = 0.2\n"
+    "learning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\nmin_lr = 1e-4\n"
+    "beta2 = 0.99\nwarmup_iters = 100\n",
+}
+
+
+@pytest.mark.parametrize("name", NANOGPT_CONFIGS)
+def test_the_config_files_of_nanogpt_train_or_ask_for_their_data_set(run, tmp_path, data_dir, name):
+    (tmp_path / f"{name}.py").write_text(NANOGPT_CONFIGS[name])
+    small = [*TINY, f"--data_dir={data_dir}", "--wandb_log=False", "--max_iters=1", "--out_dir=run"]
+    small += ["--lr_decay_iters=1", "--init_from=scratch", "--eval_interval=1", "--eval_only=False"]
+    if "dataset" not in NANOGPT_CONFIGS[name]:
+        with pytest.raises(Failed, match="names no data set; pass --dataset=NAME: .*openwebtext"):
+            run("train", f"{name}.py", *small)
+    assert "step 1: train loss" in run("train", f"{name}.py", *small, "--dataset=abc")
