@@ -25,7 +25,9 @@ import configurator
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
 from engine.loading import load_run
-from model import ATTENTION_ARGS, TRANSPOSED, GPTConfig, fold_lora
+from engine.lora import fold_lora
+from engine.pretrained import ATTENTION_ARGS, TRANSPOSED
+from model import GPTConfig
 
 
 @dataclass
@@ -45,7 +47,7 @@ def to_hf(
 ) -> tuple[object, dict[str, Tensor]]:
     """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does.
 
-    `state` is the GPT's state dict without adapters (see model.fold_lora). It is not changed, but
+    `state` is the GPT's state dict without adapters (see lora.fold_lora). It is not changed, but
     the result shares its memory where it can. Ids from `vocab_size` on, which only pad the
     vocabulary, are cut off, since transformers would draw them. `eot` is the id of the end of text,
     if there is one. Where the model has no biases, they are zeros.

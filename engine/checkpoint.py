@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from configurator import UserError
 from engine.files import whole_file
 from engine.foreign import NUMPY_SCALARS, is_plain, normalise
-from model import GPT, GPTConfig, fold_lora
+from engine.lora import fold_lora, init_adapters
+from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
@@ -307,7 +308,7 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
         state = fold_lora(state, saved) if renews else state
         model.load_state_dict(state, strict=not renews)
     if renews and model.config.lora_rank:
-        model.init_lora()
+        init_adapters(model)
     return model
 
 

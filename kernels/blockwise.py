@@ -9,12 +9,12 @@ With x and f as in model.py's registry, A[i, j] = f(x[i, j]) for j <= i and 0 ab
     dq_i = c sum_j G_ij k_j,   dk_j = c sum_i G_ij q_i               for the score 'dot'
     dq_i = c sum_j G_ij (k_j - q_i),   dk_j = c sum_i G_ij (q_i - k_j)      for 'distance'
 
-Nothing is normalised over j, so a tile needs nothing from the others of its row, and backward
-recomputes it from q, k and v alone. The constants 1 / divisor and c wait for the last, small sums.
-On a CPU, what GK and GKpoly-n do between the products is compiled from kernels.c.
+Nothing is normalised over j, so a tile needs nothing from the other tiles of its row, and backward
+recomputes it from q, k and v alone. The constants 1 / divisor and c enter only in the last, small
+sums. On a CPU, what GK and GKpoly-n do between the matrix products is compiled from tile.c.
 
-Shapes: B batch, nh heads, T sequence length, hs head size; N of the B nh heads are in one tile,
-with `size` rows i and `size` columns j (the last ones of a sequence may be fewer).
+Shapes: B batch, nh heads, T sequence length, hs head size. A tile holds N of the B nh heads, `size`
+rows i and `size` columns j (fewer at the end of a sequence).
 """
 
 import ctypes
@@ -37,8 +37,8 @@ aten = torch.ops.aten
 # ----------------------------------------------------------------------------
 # Pointwise functions
 #
-# f_(x, g) returns f(x) and, where g is given, turns g into g f'(x). It works in place: in a tile
-# that fits the cache, fresh memory costs more than the arithmetic.
+# f_(x, g) returns f(x) and, if g is given, turns g into g f'(x). It works in place: for a tile that
+# fits the cache, fresh memory costs more than the arithmetic.
 
 
 def exp_(x, g=None):
@@ -51,9 +51,9 @@ def exp_(x, g=None):
 def gaussian_poly_(x, g=None, *, n):
     """b^(2^n) with b = 1 + x / 2^n, and its derivative as the product b b^2 b^4 ... b^(2^(n-1)).
 
-    Each squaring doubles the relative error, which begins with b, rounded to 2^-25 in float32. So
-    only the last 6 are done on b. Those before are done on s, where b = 1 + s / 2^m, more exactly:
-    b^2 = 1 + s' / 2^(m-1) with s' = s + s^2 / 2^(m+1), and ds'/ds = b.
+    Each squaring doubles the relative error, and b itself is rounded by 2^-25 in float32. So only
+    the last 6 squarings are done on b. Those before are done on s, where b = 1 + s / 2^m, which is
+    more exact: b^2 = 1 + s' / 2^(m-1) with s' = s + s^2 / 2^(m+1), and ds'/ds = b.
     """
     last = min(n, 6)
     for m in range(n, last, -1):
@@ -85,14 +85,14 @@ def sigmoid_(x, g=None):
 
 
 def tanh_(x, g=None):
-    """f' = 1 / cosh^2, for the same reason."""
+    """f' = 1 / cosh^2: in float32, 1 - f^2 has no digit left where |f| is nearly 1."""
     if g is not None:
         g.div_(torch.cosh(x).square_())
     return x.tanh_()
 
 
-def aten_(f_, backward, *args):
-    """f_ with the derivative that torch has for it."""
+def with_torchs_derivative(f_, backward, *args):
+    """f_(x, g) from torch's in-place f and its backward operator, whose constants are `args`."""
 
     def apply_(x, g=None):
         if g is not None:
@@ -102,23 +102,26 @@ def aten_(f_, backward, *args):
     return apply_
 
 
+# For the entries of model.py's registry that have these names
 HAND_WRITTEN = {
     "GK": exp_,
     "GKpoly-n": gaussian_poly_,
-    "PA_gelu": aten_(aten.gelu_, aten.gelu_backward),
-    "PA_relu": aten_(torch.relu_, aten.threshold_backward, 0),
+    "PA_gelu": with_torchs_derivative(aten.gelu_, aten.gelu_backward),
+    "PA_relu": with_torchs_derivative(torch.relu_, aten.threshold_backward, 0),
     "PA_sigmoid": sigmoid_,
     "PA_square": square_,
     "PA_relu-square": lambda x, g=None: square_(x.relu_(), g),
-    "PA_silu": aten_(aten.silu_, aten.silu_backward),
+    "PA_silu": with_torchs_derivative(aten.silu_, aten.silu_backward),
     "PA_tanh": tanh_,
-    "PA_softplus": aten_(lambda x: aten.softplus.out(x, out=x), aten.softplus_backward, 1, 20),
+    "PA_softplus": with_torchs_derivative(
+        lambda x: aten.softplus.out(x, out=x), aten.softplus_backward, 1, 20
+    ),
     "PA_identity": lambda x, g=None: x,
 }
 
 
 def by_autograd_(x, g=None, *, f):
-    """What any other f gets."""
+    """f_(x, g) for any other f."""
     if g is None:
         return f(x)
     # An operator runs with autograd excluded from dispatch. (torch.func would work in spite of
@@ -132,37 +135,52 @@ def by_autograd_(x, g=None, *, f):
     return A.detach()
 
 
-def in_place(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The f_ for the registry's f under `name`: 'GK', 'GKpoly-8', 'PA_relu', ...
+def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor] | None:
+    """The f_ of HAND_WRITTEN for the registry's entry `name` ('GK', 'GKpoly-8', 'PA_relu', ...).
 
-    What is written by hand above belongs to one formula. If f is another (somebody edited the
-    registry), autograd takes its place.
+    None if there is none, or if the registry's f computes something else: somebody edited it.
     """
+    if isinstance(f, partial):  # GKpoly-n's is a new object each time, which would fill the cache
+        return _hand_written(name, f.func, f.args, tuple(f.keywords.items()))
+    return _hand_written(name, f)
+
+
+@cache
+def _hand_written(name, f, args=(), keywords=()):
     family = re.sub(r"-\d+$", "-n", name)
     f_ = HAND_WRITTEN.get(family)
-    if f_ and family != name:
+    if f_ is None:
+        return None
+    if family != name:
         f_ = partial(f_, n=int(name.rpartition("-")[2]))
-    x = torch.linspace(-3, 3, 61, dtype=torch.float64, device="cpu")
-    return f_ if f_ and torch.allclose(f_(x.clone()), f(x), 1e-9) else partial(by_autograd_, f=f)
+    near, far = (torch.linspace(-x, x, 61, dtype=torch.float64, device="cpu") for x in (3, 100))
+    x = torch.cat((near, far))
+    same = torch.allclose(f_(x.clone()), f(x, *args, **dict(keywords)), rtol=1e-9, atol=0)
+    return f_ if same else None
+
+
+def in_place(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The f_ for the registry's f under `name`: written by hand, or else by autograd."""
+    return hand_written(name, f) or partial(by_autograd_, f=f)
 
 
 # ----------------------------------------------------------------------------
-# kernels.c: norms, f, f', the zeros of the future and the sums of G in one pass over a tile
+# tile.c: norms, f, f', the zeros above the diagonal and the sums of G in one pass over a tile
 
-PART = 32  # rows of a tile; it sums G over that many for each of its partial sums
+PART = 32  # rows of a tile over which G is summed at a time, so that no thread waits for another
 
 
 @cache
 def compiled_tile(n: int | None = None) -> Callable | None:
-    """kernels.c's `tile` for GK or, given n, for GKpoly-n; None if there is no GCC that makes it.
+    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it.
 
-    Compiled in every process that needs it, for exactly this CPU, in a quarter of a second.
+    Each process that needs it compiles it, for exactly this CPU, in a quarter of a second.
     """
     flags = ["-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
-    # Split at the diagonal, a row would be two loops of which neither is whole vectors
+    # A loop split at the diagonal would be two loops, neither of which fills its vectors
     flags += ["-fopenmp", "-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
     if platform.machine() == "x86_64":
-        flags += ["-mprefer-vector-width=512"]  # by itself gcc takes half of AVX-512
+        flags += ["-mprefer-vector-width=512"]  # by default GCC uses half of AVX-512's width
     if n is not None:
         flags += [f"-DSQUARINGS={n}"]
     source = str(Path(__file__).with_name("tile.c"))
@@ -177,16 +195,16 @@ def compiled_tile(n: int | None = None) -> Callable | None:
         return None
     tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6
     tile.restype = None
-    # A compiler that was told to be careless with numbers is not trusted
+    # $CC may hold options that change arithmetic; then the compiled tile is not trusted
     x = torch.tensor([*range(-63, 0), math.nan], dtype=torch.float32, device="cpu") / 3
     norms = torch.zeros_like(x)
-    want = exp_(x.clone()) if n is None else gaussian_poly_(x.clone(), n=n)
+    expected = exp_(x.clone()) if n is None else gaussian_poly_(x.clone(), n=n)
     tile(x.data_ptr(), None, norms.data_ptr(), norms.data_ptr(), None, None, 1, 1, 64, 1, 0, 1)
-    return tile if torch.allclose(x, want, 1e-4, equal_nan=True) else None
+    return tile if torch.allclose(x, expected, 1e-4, equal_nan=True) else None
 
 
 def one_pass(f_: Callable) -> Callable | None:
-    """The tile that does what f_ would, compiled."""
+    """The compiled tile for f_; None if there is none."""
     if f_ is exp_:
         return compiled_tile()
     if isinstance(f_, partial) and f_.func is gaussian_poly_:
@@ -199,13 +217,13 @@ def one_pass(f_: Callable) -> Callable | None:
 
 
 def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[int, int]:
-    """(rows and columns of a tile, heads in a tile at most).
+    """(rows = columns of a tile, heads in a tile at most).
 
-    A tile on the diagonal is half wasted, so a share size / T of all arithmetic is: small tiles.
-    A tile costs some 15 calls forward and backward, of a few microseconds each: many elements,
-    hence many heads at once. The tile and its gradient should stay in the cache: at most 2^17
-    elements (512 KiB in float32) per thread. Measured on 2 cores with 2 MiB of L2 each.
-    A GPU's launches cost more and its memory is fast: 2^25 elements (not measured).
+    Small tiles save arithmetic: half of each tile on the diagonal is wasted, a share size / T of
+    all. Many heads at once save calls: a tile costs some 15 of them forward and backward, of a few
+    microseconds each. But a tile and its gradient should stay in the cache: at most 2^17 elements
+    (512 KiB in float32) per thread, measured on 2 cores with 2 MiB of L2 each. A GPU's launches
+    cost more and its memory is fast: 2^25 elements (not measured).
     """
     if device.type != "cpu":
         size, elements = 512, 2**25
@@ -216,10 +234,8 @@ def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[i
 
 
 def head_groups(B: int, nh: int, at_most: int) -> Iterator[tuple[slice, slice]]:
-    """Slices (b, h) of batch and heads that hold `at_most` heads or fewer, equally many if may be.
-
-    All heads of some sequences, or some heads of one.
-    """
+    """Slices (b, h) of batch and heads with `at_most` heads each, of equal size where possible: all
+    heads of some sequences, or some heads of one."""
 
     def parts(length, at_most):
         step = math.ceil(length / math.ceil(length / max(1, at_most)))
@@ -239,17 +255,18 @@ def add_product_(acc: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: fl
         acc.add_(torch.bmm(a, b, out_dtype=acc.dtype), alpha=alpha)
 
 
-def heads_side_by_side(like: Tensor) -> Tensor:
-    """An empty (B, nh, T, hs) that is (B, T, nh, hs) in memory: (B, T, C) again without a copy."""
+def empty_heads_last(like: Tensor) -> Tensor:
+    """An uninitialised (B, nh, T, hs) that is (B, T, nh, hs) in memory: its heads can be put side
+    by side, as (B, T, C), without a copy."""
     B, nh, T, hs = like.shape
     return like.new_empty(B, T, nh, hs).transpose(1, 2)
 
 
 class Tiles:
-    """What forward and backward share: the blocks of q and k, memory, and the weights of a tile."""
+    """What forward and backward share: blocks of q and k, memory, and the weights of a tile."""
 
     def __init__(self, q: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float):
-        score, self.f_ = VARIANTS[name]
+        score, self.f_ = REGISTERED[name]
         self.distance = score == "distance"
         self.c = 1 / math.sqrt(q.size(3))
         self.keep = 1 - dropout
@@ -260,8 +277,8 @@ class Tiles:
         # is a small difference of large numbers. On CUDA the factors of a product stay half.
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.narrow = q.dtype if q.is_cuda else self.wide
-        fits = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
-        self.tile = one_pass(self.f_) if fits else None
+        compilable = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
+        self.tile = one_pass(self.f_) if compilable else None
         self.parts = math.ceil(min(self.size, q.size(2)) / PART) if self.tile else 1
         self.device, self.memory = q.device, {}
         if dropout:
@@ -269,7 +286,7 @@ class Tiles:
             self.generator = torch.Generator(q.device).manual_seed(int(seed))
 
     def empty(self, name: str | tuple, shape: tuple, dtype: torch.dtype) -> Tensor:
-        """Memory for `name`: the same for every later tile, so that it stays in the cache."""
+        """Memory that every later tile gets for the same `name`, so that it stays in the cache."""
         if (name, shape) not in self.memory:
             self.memory[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
         return self.memory[name, shape]
@@ -282,7 +299,7 @@ class Tiles:
         return t.split(self.size, dim=2)
 
     def blocks(self, name: str, t: Tensor) -> list[Tensor]:
-        """(b, h, T, hs) -> blocks of rows to multiply, each (N, size, hs): views if they can be."""
+        """(b, h, T, hs) -> blocks of rows to multiply, each (N, size, hs); views where possible."""
         rows = self.rows(t)
         mergeable = 1 in t.shape[:2] or t.stride(0) == t.size(1) * t.stride(1)
         if t.dtype != self.narrow or t.stride(3) != 1 or not mergeable:
@@ -293,15 +310,15 @@ class Tiles:
         return [row.flatten(0, 1) for row in rows]
 
     def transposed(self, name: str, row: Tensor) -> Tensor:
-        """(b, h, size, hs) -> (N, hs, size), copied: a fifth faster in the product q k^T."""
+        """(b, h, size, hs) -> (N, hs, size), a copy, with which q k^T is a fifth faster."""
         return self.empty(name, row.mT.shape, self.narrow).copy_(row.mT).flatten(0, 1)
 
     def sum(self, name: str | tuple, row: Tensor) -> Tensor:
-        """Memory, not initialised, for a sum (N, size, hs) that ends in `row`."""
+        """Uninitialised memory (N, size, hs) for the sum that is written to `row` in the end."""
         return self.empty(name, row.shape, self.wide).flatten(0, 1)
 
     def take_rows(self, q: Tensor) -> None:
-        """The q (b, h, T, hs) of a group of heads; for a distance, -c/2 |q|^2 of each."""
+        """Keep the q (b, h, T, hs) of a group of heads and, for a distance, -c/2 |q|^2."""
         self.q = self.blocks("q", q)
         if self.distance:
             self.q_norm = [
@@ -312,7 +329,7 @@ class Tiles:
             ]
 
     def take_columns(self, k_j: Tensor) -> None:
-        """A row (b, h, size, hs) of k; for a distance, -c/2 |k|^2 of each."""
+        """Keep a block (b, h, size, hs) of k and, for a distance, -c/2 |k|^2."""
         self.kt = self.transposed("kt", k_j)
         if self.distance:
             square = self.empty("square", self.kt.shape, self.wide)
@@ -327,10 +344,10 @@ class Tiles:
         G_row: Tensor | None = None,
         G_column: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tile (i, j) of A, dropout included; a given G = dy v^T becomes the gradient of x.
+        """Tile (i, j) of A, dropout included, and from G = dy v^T, if given, the gradient of x.
 
         For a distance, the sums of that gradient over columns and over rows are added to
-        G_row (N, size) and to G_column (N, parts, size), whose parts want to be added up.
+        G_row (N, size) and to G_column (N, parts, size); the caller adds up the parts.
         """
         x = self.empty("x", (*self.q[i].shape[:2], self.kt.size(2)), self.wide)
         add_norms = self.distance and not self.tile
@@ -348,7 +365,7 @@ class Tiles:
             self.tile(*pointers, *x.shape, self.parts, i == j, torch.get_num_threads())
         else:
             x = self.f_(x, G)
-            if i == j:  # zeros are written, not multiplied by: a hidden score may overflow
+            if i == j:  # zeros are written, not multiplied by, since a hidden score may overflow
                 x = x.tril_()
                 if G is not None:
                     G.tril_()
@@ -362,7 +379,8 @@ class Tiles:
         return x.to(self.narrow), G
 
     def write(self, out: Tensor, total: Tensor, row: Tensor, G_sum: Tensor) -> None:
-        """The gradient of a row (b, h, size, hs) of q or k from its sums, G_sum (N, size)."""
+        """Write the gradient of a block `row` (b, h, size, hs) of q or k to `out`, from the sum of
+        products `total` (N, size, hs) and, for a distance, the sum of gradients G_sum (N, size)."""
         total = total.view(out.shape)
         if self.distance:
             G_sum = G_sum.view(*out.shape[:3], 1)
@@ -374,15 +392,15 @@ class Tiles:
 # ----------------------------------------------------------------------------
 # Forward and backward, as operators that torch.compile does not look into
 
-VARIANTS = {}  # name -> (score, f_); an operator's arguments may be strings but not functions
+REGISTERED = {}  # name -> (score, f_), since an operator takes strings but no functions
 
 
 @torch.library.custom_op("pointwise::blockwise", mutates_args=())
 def blockwise_forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float
 ) -> Tensor:
-    """y (B, nh, T, hs), see the top of the file."""
-    y = heads_side_by_side(q)
+    """y (B, nh, T, hs) as defined at the top of this file."""
+    y = empty_heads_last(q)
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout)
         for b, h in t.groups:
@@ -410,8 +428,8 @@ def blockwise_backward(
     divisor: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, nh, T, hs), see the top of the file."""
-    dq, dk, dv = (heads_side_by_side(q) for _ in range(3))
+    """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
+    dq, dk, dv = (empty_heads_last(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout)
         alpha = t.c * t.scale
@@ -443,12 +461,12 @@ def blockwise_backward(
 
 @blockwise_forward.register_fake
 def _(q, k, v, seed, name, divisor, dropout):
-    return heads_side_by_side(q)
+    return empty_heads_last(q)
 
 
 @blockwise_backward.register_fake
 def _(dy, q, k, v, seed, name, divisor, dropout):
-    return heads_side_by_side(q), heads_side_by_side(q), heads_side_by_side(q)
+    return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -463,23 +481,18 @@ def _backward(ctx, dy):
 blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *, name: str, divisor: float
-) -> Tensor:
-    """Causal pointwise attention, (B, nh, T, hs) x 3 -> (B, nh, T, hs), any strides, one dtype.
+def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
+    """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`.
 
-    y is (B, T, nh, hs) in memory. Memory grows with T, not with T^2. `dropout` drops weights.
+    Returns a callable (q, k, v, dropout=0.0) -> y for q, k, v (B, nh, T, hs) of one dtype and any
+    strides. y has the same shape, with its heads last in memory; dropout is of weights. A later
+    call with the same name and another entry changes what the earlier callables compute.
     """
-    # Drawn out here from torch's own generator, so that a seed and a checkpoint reproduce it
-    seed = torch.randint(2**62, (), device="cpu") if dropout else None
-    return blockwise_forward(q, k, v, seed, name, divisor, dropout)
+    REGISTERED[name] = (variant.score, in_place(name, variant.f))
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it
+        seed = torch.randint(2**62, (), device="cpu") if dropout else None
+        return blockwise_forward(q, k, v, seed, name, divisor, dropout)
 
-def blockwise(name: str, variant, divisor: float) -> Callable[..., Tensor]:
-    """The attention `name` ('GKpoly-8', ...) as a callable (q, k, v, dropout=0.0) -> y.
-
-    `variant` is its registry entry (score, f, ...). A name that was given before means the new
-    entry from now on.
-    """
-    VARIANTS[name] = (variant.score, in_place(name, variant.f))
-    return partial(blockwise_attention, name=name, divisor=divisor)
+    return attend

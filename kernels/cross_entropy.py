@@ -1,15 +1,15 @@
 """
-The loss over a large vocabulary without its logits: the last layer and cross-entropy in one.
+The loss over a large vocabulary without all its logits at once: output layer and cross-entropy.
 
 12 x 1024 positions times GPT-2's 50304 tokens are 2.5 GB of logits in float32, and cross-entropy
-holds several such tensors. Here they come a chunk of positions at a time:
+holds several such tensors. Here logits are computed for a chunk of positions at a time:
 
     logits = x W^T,   lse_i = log sum_v exp(logits[i, v]),   n targets that are not -1
     loss = sum_i (lse_i - logits[i, target_i]) / n
     G = softmax(logits) - onehot(target),   dx = G W / n,   dW = sum over the chunks of G^T x / n
 
-The gradients are made in forward already, where the chunk is at hand: the loss is the last thing
-that a model computes, so that backward only multiplies them by a number.
+Forward computes the gradients too, while it has the chunk: the loss is the last thing that a model
+computes, so all that is left for backward is to multiply them by a number.
 """
 
 import torch
@@ -21,12 +21,12 @@ from kernels.blockwise import add_product_
 CHUNK = 2**24  # logits at once: 64 MiB in float32
 
 
-def pays(n_logits: int, device: torch.device) -> bool:
-    """Whether chunks serve better than all logits at once.
+def is_better(n_logits: int, device: torch.device) -> bool:
+    """Whether chunks are better than all logits at once.
 
-    On a CPU they are faster from about 2^22 logits on, 1.7 times at 2048 x 50304: fresh memory is
-    slow there. On a GPU, where torch.compile fuses the plain loss, they only save memory: from 2^30
-    logits on (not measured).
+    On a CPU, where fresh memory is slow, they are faster from about 2^22 logits on (1.7 times at
+    2048 x 50304). On a GPU, where torch.compile fuses the plain loss, they only save memory, which
+    matters from 2^30 logits on (not measured).
     """
     return n_logits >= (2**22 if device.type == "cpu" else 2**30)
 
@@ -34,15 +34,15 @@ def pays(n_logits: int, device: torch.device) -> bool:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in nats, for (N, C), (V, C), (N,).
 
-    Products are taken in the dtype that autocast asks for, all else in float32 at least. It can be
-    differentiated once.
+    Products are computed in the dtype that autocast asks for, all else in float32 at least. The
+    result can be differentiated once.
     """
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     gradients = torch.is_grad_enabled()
-    frozen = not weight.requires_grad  # a third of the work less
-    return _linear_cross_entropy(x, weight, targets, dtype, gradients, gradients and not frozen)[0]
+    with_dW = gradients and weight.requires_grad  # without dW, a third of the work is saved
+    return _linear_cross_entropy(x, weight, targets, dtype, gradients, with_dW)[0]
 
 
 @torch.library.custom_op("pointwise::linear_cross_entropy", mutates_args=())
@@ -61,15 +61,15 @@ def _linear_cross_entropy(
     with torch.autocast(x.device.type, enabled=False):
         W = weight.to(narrow)
         for i in range(0, len(x), rows):
-            here = slice(i, i + rows)
-            x_i, target = x[here].to(narrow), targets[here]
+            chunk = slice(i, i + rows)
+            x_i, target = x[chunk].to(narrow), targets[chunk]
             log_p = F.log_softmax(x_i @ W.T, dim=1, dtype=wide)  # (rows, V)
             total += F.nll_loss(log_p, target, ignore_index=-1, reduction="sum")
             if with_dx:
-                G, at = log_p.exp_(), target.clamp(min=0)[:, None]
-                G.scatter_(1, at, G.gather(1, at) - 1)
-                G = G.mul_(counts[here][:, None]).to(narrow)  # not / n: float16 has no 1e-9
-                add_product_(dx[None, here], G[None], W[None], beta=0.0)
+                G, index = log_p.exp_(), target.clamp(min=0)[:, None]
+                G.scatter_(1, index, G.gather(1, index) - 1)
+                G = G.mul_(counts[chunk][:, None]).to(narrow)  # not yet / n: float16 has no 1e-9
+                add_product_(dx[None, chunk], G[None], W[None], beta=0.0)
                 if with_dW:
                     add_product_(dW[None], G.T[None], x_i[None])
     return total / n, (dx / n).to(x.dtype), (dW / n).to(weight.dtype)

@@ -1,6 +1,6 @@
 /*
-A tile of GK, or with -DSQUARINGS=n of GKpoly-n, in one pass over the cache: kernels.py compiles
-this file on a CPU and tells what a tile is. torch would take a pass for each operation.
+A tile of GK, or with -DSQUARINGS=n of GKpoly-n, in one pass over the cache, where torch would take
+one pass for each operation. blockwise.py compiles this file and says what a tile is.
 */
 #include <string.h>
 
@@ -8,7 +8,7 @@ this file on a CPU and tells what a tile is. torch would take a pass for each op
 #ifdef SQUARINGS
 #define LAST (SQUARINGS < 6 ? SQUARINGS : 6)
 
-/* b^(2^n) with b = 1 + x / 2^n, the first squarings on x: see gaussian_poly_ in kernels.py */
+/* b^(2^n) with b = 1 + x / 2^n, the first squarings on x: see gaussian_poly_ in blockwise.py */
 static inline float f(float x, float *slope)
 {
     float s = 1;
@@ -31,12 +31,12 @@ static inline float f(float x, float *slope)
 
 /*
 exp(x) = 2^n exp(r) with n whole and |r| <= ln(2) / 2, where 7 terms of exp's series are enough.
-A float32 above 2^23 has no fraction: z's last bits are n. n times the first part of ln 2 is exact.
-2^n is made of its bits: 0 below n = -126, inf above 127.
+A float32 above 2^23 has no fraction, so the last bits of z are n. n times the first part of ln 2 is
+exact. 2^n is put together from its bits, which gives 0 below n = -126 and inf above n = 127.
 */
 static inline float f(float x, float *slope)
 {
-    x = x < -88 ? -88 : x > 89 ? 89 : x; /* NaN remains */
+    x = x < -88 ? -88 : x > 89 ? 89 : x; /* NaN stays NaN */
     float z = x * 1.44269504f + 12582912; /* x / ln 2 + 1.5 * 2^23 */
     float n = z - 12582912;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -58,11 +58,12 @@ static inline float f(float x, float *slope)
 #endif
 
 /*
-x: N tiles of q k^T / sqrt(hs), rows by columns; becomes A, the norms' terms added to each score.
-g: as many of dy v^T, or NULL; becomes the gradient of x.
-g_rows: N x rows, g_columns: N x parts x columns. The sums of g over columns and over rows are added
-    to them, the latter separately for every PART rows, so that no thread waits for another.
-diagonal: column j is the future of row i < j: zeros.
+x: N tiles of q k^T / sqrt(hs), rows by columns. The norms' terms are added to each score, and A
+    takes the scores' place.
+g: as many tiles of dy v^T, or NULL. The gradient of x takes their place.
+g_rows (N x rows), g_columns (N x parts x columns): the sums of g over columns and over rows are
+    added to them; g_columns has a part for every PART rows, so that no thread waits for another.
+diagonal: whether column j is the future of every row i < j, where A and g become 0.
 */
 void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
           const float *restrict k_norm, float *restrict g_rows, float *restrict g_columns,

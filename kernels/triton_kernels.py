@@ -19,8 +19,8 @@ are queries (i) and cols are keys (j); BLOCK_D is hs padded to a power of two. E
 accumulated in float32. float32 inputs are multiplied in full precision (`ieee`, not TF32): a
 distance is a small difference of large numbers. That is right, and slow.
 
-`triton_attention` is the entry, `supports` says where it runs. To add an attention, write its pair
-f, f' next to the others and name it in VARIANTS.
+`triton_attention` is the entry; `refusal` says where it can't run, and why. An attention has a
+Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formula to compare with.
 """
 
 import math
@@ -32,11 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.blockwise import empty_heads_last, hand_written
+
 # ----------------------------------------------------------------------------
 # The pointwise functions: each takes a tile of scores in float32 and returns f and f' = df/dx.
 # The forward asks for f alone, and the compiler drops the rest.
 #
-# z is x times the variant's `unit` (see VARIANTS), which saves a multiplication per score: with
+# z is x times the attention's `unit` (see FORMS), which saves a multiplication per score: with
 # unit = log2(e), exp(x) is the exp2(z) that the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -139,7 +141,7 @@ def identity(z, n):
 
 
 # attn_type: (score, f and f', unit). `unit` is a function of n, which only GKpoly-n has.
-VARIANTS = {
+FORMS = {
     "GK": ("distance", gaussian, lambda n: math.log2(math.e)),
     "GKpoly-n": ("distance", gaussian_poly, lambda n: 0.5**n),
     "PA_gelu": ("dot", gelu, lambda n: 1.0),
@@ -499,19 +501,25 @@ def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
     """An attn_type -> (score, f and f', unit, n), or None if there is no Triton form of it."""
     match = re.fullmatch(r"(.+-)(\d+)", name)
     key, n = (match[1] + "n", int(match[2])) if match else (name, 0)
-    if key not in VARIANTS or key.endswith("-n") != bool(match):
+    if key not in FORMS or key.endswith("-n") != bool(match):
         return None
-    score, f, unit = VARIANTS[key]
+    score, f, unit = FORMS[key]
     return score, f, unit(n), n
 
 
-def supports(
-    name: str, head_size: int, dtype: torch.dtype, device: torch.device | str
+def refusal(
+    name: str, head_size: int, dtype: torch.dtype, device: torch.device | str, variant=None
 ) -> str | None:
-    """None if `triton_attention` can run this attn_type; otherwise one line that says why not."""
-    device = torch.device(device)
-    if parse(name) is None:
+    """One line on why `triton_attention` can't run this attn_type here; None if it can.
+
+    `variant` is the registry's entry of that name: if somebody has edited it, the kernels would
+    compute another function.
+    """
+    device, form = torch.device(device), parse(name)
+    if form is None:
         return f"{name} has no Triton kernel"
+    if variant and not (variant.score == form[0] and hand_written(name, variant.f)):
+        return f"the Triton kernel of {name} computes another formula than model.py's registry"
     if head_size > MAX_HEAD_SIZE:
         return f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {head_size}"
     if dtype not in DTYPES:
@@ -540,14 +548,14 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float)
     y_i = sum_{j <= i} f(x_ij) v_j / divisor, in the dtype of q, k and v, which is one of bfloat16,
     float16 and float32. y is a view of a contiguous (B, T, nh, hs). Views of c_attn's output
     (B, T, 3, nh, hs) are read where they are; q, k, v whose strides differ are copied first.
-    Differentiable once; every result is the same bit for bit in every run. Ask `supports` first:
-    ValueError for what it declines.
+    Differentiable once; every result is the same bit for bit in every run. Raises ValueError
+    where `refusal` has a reason.
     """
     return _forward(q, k, v, name, float(divisor))[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
-    reason = supports(name, q.size(-1), q.dtype, q.device)
+    reason = refusal(name, q.size(-1), q.dtype, q.device)
     if reason is not None:
         raise ValueError(reason)
     if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
@@ -558,12 +566,6 @@ def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
         return q, k, v
     return q.contiguous(), k.contiguous(), v.contiguous()
-
-
-def _heads_last(x: Tensor) -> Tensor:
-    """An uninitialised (B, nh, T, hs) that is a view of a contiguous (B, T, nh, hs)."""
-    B, nh, T, hs = x.shape
-    return x.new_empty(B, T, nh, hs).transpose(1, 2)
 
 
 def _norms(q: Tensor, score: str) -> Tensor:
@@ -594,7 +596,7 @@ def _forward(
     q, k, v = _one_set_of_strides(q, k, v)
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
-    y, q_norm, k_norm = _heads_last(q), _norms(q, score), _norms(q, score)
+    y, q_norm, k_norm = empty_heads_last(q), _norms(q, score), _norms(q, score)
     blocks = blocks_for("forward", q)
     with torch.cuda.device_of(q):
         if score == "distance":
@@ -611,7 +613,7 @@ def _forward(
 def _(q, k, v, name, divisor):
     _check(q, k, v, name)
     score = parse(name)[0]
-    return _heads_last(q), _norms(q, score), _norms(q, score)
+    return empty_heads_last(q), _norms(q, score), _norms(q, score)
 
 
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
@@ -628,7 +630,7 @@ def _backward(
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
-    dq, dk, dv = _heads_last(q), _heads_last(q), _heads_last(q)
+    dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     T = q.size(2)
     with torch.cuda.device_of(q):
         blocks = blocks_for("dkv", q)
@@ -643,7 +645,7 @@ def _backward(
 
 @_backward.register_fake
 def _(dy, q, k, v, q_norm, k_norm, name, divisor):
-    return _heads_last(q), _heads_last(q), _heads_last(q)
+    return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
 
 
 def _save(ctx, inputs, output):
@@ -656,42 +658,3 @@ def _gradients(ctx, dy, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-# ----------------------------------------------------------------------------
-# Autotuning, on request
-
-
-CANDIDATES = [
-    Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
-    for BLOCK_M in (32, 64, 128)
-    for BLOCK_N in (32, 64, 128)
-    for num_warps, maxnreg in ((4, None), (4, 168), (8, None), (8, 128))
-    for num_stages in (2, 3, 4)
-]
-
-
-def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
-    """Time every candidate on these inputs, keep the fastest of each kernel for its head size (in
-    BLOCKS, until the process ends) and return them. It takes minutes, mostly of compiling."""
-    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = _forward(q, k, v, name, 1.0)
-    work = {
-        "forward": lambda: _forward(q, k, v, name, 1.0),
-        "dkv": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-        "dq": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-    }
-    for kernel, launch in work.items():
-        key = kernel, max(64, padded(q.size(-1)))
-        times = {}
-        for blocks in [table[key], *CANDIDATES]:
-            own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
-            if own % other != 0:  # see BLOCKS
-                continue
-            table[key] = blocks
-            try:
-                times[blocks] = triton.testing.do_bench(launch)
-            except triton.runtime.OutOfResources:
-                continue
-        table[key] = min(times, key=times.get)
-    return {kernel: table[kernel, max(64, padded(q.size(-1)))] for kernel in work}

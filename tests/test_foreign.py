@@ -7,7 +7,7 @@ from test_checkpoint import ARGS, nanogpt_checkpoint, reloaded
 
 from configurator import UserError
 from engine import checkpoint as ckpt
-from model import GPT, GPTConfig, LayerNorm
+from model import GPT, GPTConfig
 
 
 class WithLayerNormBiases(GPT):
@@ -16,7 +16,7 @@ class WithLayerNormBiases(GPT):
     def __init__(self, config, fill):
         super().__init__(config)
         for module in self.modules():
-            if isinstance(module, LayerNorm):
+            if isinstance(module, torch.nn.LayerNorm):
                 module.bias = torch.nn.Parameter(fill(module.weight.shape))
 
 

@@ -5,7 +5,8 @@ import torch
 from conftest import EVERY_ATTN_TYPE, Failed
 
 from engine import checkpoint as ckpt
-from model import GPT, GPTConfig, fold_lora
+from engine.lora import fold_lora
+from model import GPT, GPTConfig
 
 LORA = ["--lora_rank=3", "--out_dir=run", "--attn_type=GK"]
 
@@ -82,7 +83,9 @@ def test_checkpoints_hold_the_adapters_and_say_what_they_belong_to(run_train, tm
     assert ckpt.digest(base["model"]) == raw["base"]["sha256"]
 
 
-@pytest.mark.parametrize("compiled", ["--compile=False", "--compile=True"])
+@pytest.mark.parametrize(
+    "compiled", ["--compile=False", pytest.param("--compile=True", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(run_train, tmp_path, compiled):
     args = ["--attn_type=GK", "--lora_rank=3", "--dropout=0.1", "--lr_decay_iters=6", compiled]
     run_train(*args, "--out_dir=whole", "--max_iters=6")

@@ -1,6 +1,5 @@
-"""model.py: the attentions against their formulas in numpy, the model against GPT-2."""
+"""model.py: the attentions and the model against their formulas in numpy."""
 
-import json
 import math
 import re
 
@@ -10,17 +9,7 @@ import torch
 import torch._dynamo.testing
 from conftest import EVERY_ATTN_TYPE
 
-import model as model_module
-from model import (
-    ATTN_TYPES,
-    GPT,
-    GPTConfig,
-    Pointwise,
-    attention,
-    choose,
-    parse_attn_type,
-    peak_flops,
-)
+from model import ATTN_TYPES, GPT, GPTConfig, attention, choose, parse_attn_type
 
 erf = np.vectorize(math.erf)
 NUMPY_F = {
@@ -37,7 +26,7 @@ NUMPY_F = {
 
 
 def numpy_attention(attn_type, q, k, v, L):
-    """(T, hs) each, in float64, row by row as DESIGN's table defines it."""
+    """y (T, hs) of q, k, v (T, hs) in float64, row by row as README's table defines it."""
     T, hs = q.shape
     y = np.zeros((T, hs))
     for i in range(T):
@@ -107,10 +96,11 @@ def tiny_gpt(attn_type="SM", **kwargs):
     return model
 
 
-@pytest.mark.parametrize("impl", ["reference", "blockwise"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("impl, bias", [("reference", True), ("blockwise", False)])
 @pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
-def test_logits_and_loss_equal_an_independent_float64_forward(attn_type, bias, impl):
+def test_logits_and_loss_equal_an_independent_float64_forward(attn_type, impl, bias):
+    if attn_type.startswith("PA_") and attn_type.removeprefix("PA_") not in NUMPY_F:
+        pytest.skip(f"NUMPY_F has no formula of {attn_type} to compare with")
     model = tiny_gpt(attn_type, bias=bias, attn_impl=impl).eval()
     idx, targets = torch.randint(11, (3, 10)), torch.randint(11, (3, 10))
     logits, loss = model(idx, targets)
@@ -131,10 +121,9 @@ def test_a_future_token_changes_no_earlier_logit_by_a_bit(attn_type):
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
-def test_output_and_gradients_are_finite(attn_type, bias):
-    model = tiny_gpt(attn_type, bias=bias, dropout=0.1)
+def test_output_and_gradients_are_finite(attn_type):
+    model = tiny_gpt(attn_type, dropout=0.1)
     idx = torch.randint(11, (2, 12))
     _, loss = model(idx, idx)
     loss.backward()
@@ -146,13 +135,6 @@ def test_output_and_gradients_are_finite(attn_type, bias):
 def test_one_token_is_enough(attn_type):
     model = tiny_gpt(attn_type).eval()
     assert model(torch.tensor([[3]]))[0].shape == (1, 1, 11)
-
-
-@pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
-def test_gradients_pass_gradcheck_in_float64(attn_type):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(attention(attn_type, block_size=8), (q, k, v))
 
 
 @pytest.mark.parametrize("attn_type", [t for t in EVERY_ATTN_TYPE if t != "SM"])
@@ -193,11 +175,11 @@ def test_under_autocast_distances_are_computed_in_float32():
     assert (y.double() - exact).norm() <= 1e-2 * exact.norm()
 
 
-@pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
+@pytest.mark.parametrize("attn_type", ["SM", "GK"])  # the others differ from GK in an operator
 def test_torch_compile_makes_one_graph_for_training_and_one_for_evaluation(attn_type):
     torch._dynamo.reset()
     counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model = GPT(GPTConfig(8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, attn_type=attn_type))
+    model = GPT(GPTConfig(8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, attn_type=attn_type))
     compiled = torch.compile(model, fullgraph=True, backend=counts)
     for _ in range(3):
         idx = torch.randint(11, (2, 8))
@@ -208,14 +190,14 @@ def test_torch_compile_makes_one_graph_for_training_and_one_for_evaluation(attn_
 
 
 def test_auto_takes_the_fastest_implementation_and_others_say_why_they_can_not_run():
-    where = (64, torch.float32, "cpu")
-    assert choose("auto", "GK", *where) == "blockwise"
-    assert choose("auto", "SM", *where) == choose("triton", "SM", *where) == "SDPA"
-    assert choose("reference", "GK", *where) == "reference"
+    on_cpu = 64, torch.float32, "cpu"
+    assert choose("auto", "GK", *on_cpu) == "blockwise"
+    assert choose("auto", "SM", *on_cpu) == choose("triton", "SM", *on_cpu) == "SDPA"
+    assert choose("reference", "GK", *on_cpu) == "reference"
     with pytest.raises(ValueError, match="need a CUDA device"):
-        choose("triton", "GK", *where)
-    with pytest.raises(ValueError, match="none of auto, reference, blockwise, triton"):
-        choose("cuda", "GK", *where)
+        choose("triton", "GK", *on_cpu)
+    with pytest.raises(ValueError, match="not one of auto, reference, blockwise, triton"):
+        choose("cuda", "GK", *on_cpu)
     with pytest.raises(ValueError, match="no dropout"):
         choose("triton", "GK", 64, torch.float32, "cuda", dropout=0.1)
     assert choose("auto", "GK", 64, torch.float32, "cuda", dropout=0.1) == "blockwise"
@@ -236,36 +218,13 @@ def test_gkpoly_approaches_the_gaussian_kernel():
 
 @pytest.mark.parametrize(
     "attn_type",
-    [
-        "",
-        "gk",
-        "sm",
-        "GKpoly",
-        "GKpoly-",
-        "GKpoly-x",
-        "GKpoly-0",
-        "GKpoly-17",
-        "GKpoly-8 ",
-        "GKpoly-n",
-    ]
-    + ["PA", "PA_", "PA_none", "PA_relu-", "SM-1", "__import__('os')", None, 3],
+    ["", "gk", "sm", "GKpoly", "GKpoly-", "GKpoly-x", "GKpoly-0", "GKpoly-17", "GKpoly-8 "]
+    + ["GKpoly-n", "PA", "PA_", "PA_none", "PA_relu-", "SM-1", "__import__('os')", None, 3],
 )
 def test_an_unknown_attn_type_is_a_value_error_that_names_the_valid_ones(attn_type):
     with pytest.raises(ValueError) as error:
         GPTConfig(attn_type=attn_type)
     assert all(name in str(error.value) for name in ATTN_TYPES)
-
-
-def test_a_new_attention_is_one_entry_of_the_registry(monkeypatch):
-    monkeypatch.setitem(
-        model_module.POINTWISE, "PA_cube", Pointwise("dot", lambda x: x**3, by_length=True)
-    )
-    model = tiny_gpt("PA_cube")
-    monkeypatch.setitem(NUMPY_F, "cube", lambda x: x**3)
-    idx = torch.randint(11, (1, 8))
-    logits, _ = model.eval()(idx, idx)
-    expected, _ = numpy_gpt(model, idx.numpy(), idx.numpy())
-    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-5)
 
 
 def test_state_dict_has_the_names_and_shapes_of_nanogpt():
@@ -317,117 +276,12 @@ def test_cropping_the_context_keeps_logits_and_the_length_of_pa():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"n_embd": 15}, {"n_head": 0}, {"n_layer": "2"}, {"block_size": -1}, {"gelu": "x"}],
+    [{"n_embd": 15}, {"n_head": 0}, {"n_layer": "2"}, {"block_size": -1}, {"gelu": "x"}]
+    + [{"dropout": 1}, {"pa_length": 0}, {"pa_length_power": 8}, {"attn_impl": "fast"}],
 )
 def test_a_config_that_can_not_be_built_is_a_value_error(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPTConfig(**{"n_embd": 16, "n_head": 2, **wrong})
-
-
-@pytest.fixture
-def hf_folder(tmp_path):
-    """A tiny random GPT-2 in transformers' own format."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=37, n_positions=24, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2
-    )
-    hf = transformers.GPT2LMHeadModel(config).eval()
-    hf.save_pretrained(tmp_path / "hf")
-    return tmp_path / "hf", hf
-
-
-def imports_as(folder, hf):
-    """Whether from_pretrained(folder) computes what `hf` does."""
-    model = GPT.from_pretrained(str(folder)).eval()
-    idx = torch.randint(hf.config.vocab_size, (2, hf.config.n_positions))
-    with torch.no_grad():
-        logits, _ = model(idx, idx)
-        expected = hf(idx).logits
-    return (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def write_bin(folder, hf, state):
-    hf.config.save_pretrained(folder)
-    torch.save(state, folder / "pytorch_model.bin")
-
-
-def test_from_pretrained_gives_the_logits_of_transformers(hf_folder):
-    assert imports_as(*hf_folder)
-
-
-@pytest.mark.parametrize("shape", [{"n_layer": 6}, {"vocab_size": 64}, {"vocab_size": 50257}])
-def test_from_pretrained_takes_any_depth_and_vocabulary(tmp_path, shape):
-    transformers = pytest.importorskip("transformers")
-    config = {"vocab_size": 37, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, **shape}
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
-    hf.save_pretrained(tmp_path)
-    assert imports_as(tmp_path, hf)
-
-
-def test_from_pretrained_takes_a_bin_file_and_a_body_saved_without_its_head(hf_folder, tmp_path):
-    _, hf = hf_folder
-    write_bin(tmp_path / "bin", hf, hf.state_dict())
-    hf.transformer.save_pretrained(tmp_path / "body")  # names without the prefix `transformer.`
-    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
-    write_bin(tmp_path / "old", hf, {**hf.transformer.state_dict(), **masks})
-    for name in ("bin", "body", "old"):
-        assert imports_as(tmp_path / name, hf), name
-
-
-def test_an_output_layer_of_its_own_is_refused_whatever_the_config_says(hf_folder, tmp_path):
-    _, hf = hf_folder
-    state = {**hf.state_dict(), "lm_head.weight": torch.randn(37, 32)}
-    for tied in (True, False):
-        hf.config.tie_word_embeddings = tied
-        write_bin(tmp_path / "untied", hf, state)
-        with pytest.raises(ValueError, match="output layer of its own"):
-            GPT.from_pretrained(str(tmp_path / "untied"))
-    write_bin(tmp_path / "tied", hf, hf.state_dict())  # the config says False, the weights are one
-    assert imports_as(tmp_path / "tied", hf)
-
-
-def test_from_pretrained_reads_the_attention_that_config_json_names(hf_folder):
-    folder = str(hf_folder[0])
-    path = hf_folder[0] / "config.json"
-    plain = json.loads(path.read_text())
-    ours = {"attn_type": "PA_relu", "pa_length": 16, "pa_length_power": 0.5}
-    path.write_text(json.dumps({**plain, **ours}))
-
-    def attention_args(*args):
-        config = GPT.from_pretrained(folder, *args).config
-        return config.attn_type, config.pa_length, config.pa_length_power
-
-    assert attention_args({}, 8) == ("PA_relu", 16, 0.5)
-    assert attention_args({"attn_type": "PA_gelu", "pa_length": 4}) == ("PA_gelu", 4, 0.5)
-    assert attention_args({"attn_type": "GK"}) == ("GK", None, 1.0)
-    path.write_text(json.dumps({**plain, "attn_type": "PA_relu"}))
-    assert attention_args({}, 8) == ("PA_relu", 8, 1.0)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"attn_type": "eval"}, {"attn_type": None}, {"attn_type": ["GK"]}, {"pa_length_power": "1"}]
-    + [{"attn_type": "PA_relu", "pa_length": L} for L in ("3", 0, True, 10**400)]
-    + [{"n_head": "2"}, {"n_layer": 3}, {"n_embd": 10**12}, {"add_cross_attention": True}],
-)
-def test_a_config_json_that_can_not_be_is_a_value_error(hf_folder, wrong):
-    path = hf_folder[0] / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
-    with pytest.raises(ValueError):
-        GPT.from_pretrained(str(hf_folder[0]))
-
-
-def test_from_pretrained_takes_another_attention_and_dropout(hf_folder):
-    model = GPT.from_pretrained(str(hf_folder[0]), {"attn_type": "GK", "dropout": 0.1})
-    assert model.config.attn_type == "GK" and model.config.dropout == 0.1
-    with pytest.raises(ValueError, match="n_layer"):
-        GPT.from_pretrained(str(hf_folder[0]), {"n_layer": 1})
-
-
-def test_from_pretrained_says_where_it_looked():
-    with pytest.raises(OSError, match="HF_HOME"):
-        GPT.from_pretrained("nobody/has-this-model")
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -448,34 +302,15 @@ def test_mfu_counts_the_tokens_given_against_the_peak_given():
     assert model.estimate_mfu(4, 0.5) is None  # a CPU has no entry
 
 
-@pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA B200", 2250),
-        ("Some other GPU", None),
-    ],
-)
-def test_peaks_are_found_by_the_name_of_the_gpu(name, tflops):
-    assert peak_flops(name) == (tflops and tflops * 1e12)
-
-
 def test_generate_is_greedy_at_temperature_zero_and_draws_no_padding_id():
     model = tiny_gpt("GK").eval()
     idx = torch.tensor([[1, 2, 3]])
-    greedy = model.generate(idx, 20, temperature=0, window_stride=1)  # runs past block_size
-    for t in range(3, 23):
+    greedy = model.generate(idx, 12, temperature=0, window_stride=1)  # runs past block_size
+    for t in range(3, 15):
         logits, _ = model(greedy[:, :t][:, -12:])
         assert greedy[0, t] == logits[0, -1].argmax()
-    drawn = model.generate(idx.expand(8, -1), 20, vocab_size=4)
-    assert drawn.shape == (8, 23) and drawn.max() < 4
+    drawn = model.generate(idx.expand(8, -1), 12, vocab_size=4)
+    assert drawn.shape == (8, 15) and drawn.max() < 4
     torch.manual_seed(0)
     top_1 = model.generate(idx, 5, top_k=1)
     assert torch.equal(top_1, greedy[:, :8])

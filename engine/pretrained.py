@@ -1,0 +1,86 @@
+"""
+Reading GPT-2 in the format of transformers: its config and its weights, under this project's names.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.network import HUB, reachable
+
+# The keys that export.py adds to config.json: which attention the weights were trained with
+ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
+FIXED = {*SIZES, "block_size", "bias"}  # what the weights decide
+# transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> ours
+
+
+def read_gpt2(
+    name: str, Config: Callable[..., Any], overrides: dict, pa_length: int | None
+) -> tuple[Any, dict[str, Tensor]]:
+    """A GPT-2 of the hub (its name) or of a local folder, as (Config(...), state dict).
+
+    `Config` is GPTConfig. `overrides` are those of its arguments that take precedence over
+    config.json; `pa_length` counts if neither has one. Raises OSError if the model can be had
+    nowhere, ValueError if it is damaged or not a GPT-2 as model.py has it.
+    """
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    if fixed := sorted(overrides.keys() & FIXED):
+        raise ValueError(f"{', '.join(fixed)} can't be overridden in {name}")
+    is_folder = Path(name).is_dir()
+    try:
+        local = is_folder or not reachable(HUB)  # without the hub, its cache may have the model
+        options = {"local_files_only": local}
+        hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
+        config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
+        hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)
+    except OSError as error:
+        if is_folder:
+            raise ValueError(f"{name!r} is not a whole model: {error}") from error
+        raise OSError(
+            f"no weights for {name!r}: there is no such folder, none are in the hub's cache "
+            "(HF_HOME, by default ~/.cache/huggingface), and they can't be downloaded "
+            f"({type(error).__name__})"
+        ) from error
+    except ValueError:
+        raise
+    except Exception as error:  # of safetensors, torch or transformers, for damaged files
+        raise ValueError(f"{name!r} can't be loaded: {error}") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        raise ValueError(f"{name!r} lacks weights that its config.json promises")
+    state = hf.state_dict()
+    if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+        raise ValueError(
+            f"{name!r} has an output layer of its own (lm_head.weight); only models whose output "
+            "layer is the matrix of the token embeddings, as in GPT-2, fit"
+        )
+    return config, {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
+
+
+def config_args(hf_config: Any, name: str) -> dict:
+    """The arguments of GPTConfig that a config of transformers means. Raises ValueError for what
+    model.py can't build."""
+    if (kind := hf_config.model_type) != "gpt2":
+        raise ValueError(f"{name!r} is a {kind} model; only GPT-2's architecture fits")
+    if (
+        hf_config.activation_function not in GELU
+        or hf_config.n_inner not in (None, 4 * hf_config.n_embd)
+        or not hf_config.scale_attn_weights
+        or hf_config.scale_attn_by_inverse_layer_idx
+        or hf_config.layer_norm_epsilon != 1e-5
+        or hf_config.add_cross_attention
+    ):
+        raise ValueError(f"{name!r} differs from GPT-2 in its config.json; model.py can't build it")
+    return {
+        "block_size": hf_config.n_positions,
+        "bias": True,
+        "gelu": GELU[hf_config.activation_function],
+        **{key: getattr(hf_config, key) for key in SIZES},
+        **{key: getattr(hf_config, key) for key in ATTENTION_ARGS if hasattr(hf_config, key)},
+    }

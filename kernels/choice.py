@@ -1,0 +1,56 @@
+"""
+Which implementation of an attention can run, and which one does.
+
+`reference` is model.py's formula, `blockwise` and `triton` compute the same function in O(T)
+memory, and `auto` means the fastest that can run. Softmax has torch's own kernels (SDPA) instead.
+"""
+
+from typing import Literal, get_args
+
+import torch
+
+Device = torch.device | str
+Implementation = Literal["auto", "reference", "blockwise", "triton"]
+
+
+def refusals(
+    attn_type: str,
+    variant,
+    head_size: int,
+    dtype: torch.dtype,
+    device: Device,
+    dropout: float = 0.0,
+) -> dict[str, str | None]:
+    """For each implementation, the fastest first: one line on why it can't run, None if it can.
+
+    `variant` is the registry's entry for `attn_type`, None for softmax.
+    """
+    if variant is None:
+        return {"SDPA": None}
+    device = torch.device(device)
+    if device.type != "cuda":
+        triton = f"the Triton kernels need a CUDA device, not {device.type}"
+    elif dropout > 0:
+        triton = "the Triton kernels have no dropout"
+    else:
+        try:
+            from kernels import triton_kernels
+
+            triton = triton_kernels.refusal(attn_type, head_size, dtype, device, variant)
+        except ImportError as error:
+            triton = f"the Triton kernels can't be imported: {error}"
+    tested = device.type in ("cpu", "cuda")
+    blockwise = None if tested else f"blockwise attention was never tested on {device.type}"
+    return {"triton": triton, "blockwise": blockwise, "reference": None}
+
+
+def pick(impl: str, reasons: dict[str, str | None]) -> str:
+    """The implementation that `impl` stands for, given its `refusals`. Raises ValueError if it is
+    unknown or can't run."""
+    if impl not in (known := get_args(Implementation)):
+        raise ValueError(f"attn_impl={impl!r} is not one of {', '.join(known)}")
+    if impl == "auto" or "SDPA" in reasons:
+        return next(name for name, reason in reasons.items() if reason is None)
+    if reasons[impl] is not None:
+        raise ValueError(f"attn_impl={impl} can't run: {reasons[impl]}; use attn_impl=auto")
+    return impl
