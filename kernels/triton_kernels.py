@@ -658,3 +658,41 @@ def _gradients(ctx, dy, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+# ----------------------------------------------------------------------------
+# Autotuning, on request
+
+CANDIDATES = [
+    Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
+    for BLOCK_M in (32, 64, 128)
+    for BLOCK_N in (32, 64, 128)
+    for num_warps, maxnreg in ((4, None), (4, 168), (8, None), (8, 128))
+    for num_stages in (2, 3, 4)
+]
+
+
+def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
+    """Time every candidate on these inputs, and use the fastest for their head size until the
+    process ends. Returns them by kernel. It takes minutes, most of them to compile."""
+    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
+    y, *norms = _forward(q, k, v, name, 1.0)
+    work = {
+        "forward": lambda: _forward(q, k, v, name, 1.0),
+        "dkv": lambda: _backward(y, q, k, v, *norms, name, 1.0),
+        "dq": lambda: _backward(y, q, k, v, *norms, name, 1.0),
+    }
+    for kernel, launch in work.items():
+        key = kernel, max(64, padded(q.size(-1)))
+        times = {}
+        for blocks in [table[key], *CANDIDATES]:
+            own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
+            if own % other != 0:  # see BLOCKS
+                continue
+            table[key] = blocks
+            try:
+                times[blocks] = triton.testing.do_bench(launch)
+            except triton.runtime.OutOfResources:
+                continue
+        table[key] = min(times, key=times.get)
+    return {kernel: table[kernel, max(64, padded(q.size(-1)))] for kernel in work}
