@@ -35,7 +35,7 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import TRAIN, Dataset
+from data.dataset import Dataset, Purpose
 from engine import runtime
 from engine.runtime import resident
 from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
@@ -176,7 +176,8 @@ def make_step(config: BenchConfig, rt, peer=None) -> Callable:
 
     def load(step, micro_step):
         if data:
-            return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
+            key = "train", Purpose.TRAIN, config.seed, step, micro_step
+            return rt.to_device(*data.batch(*key, B, T))
         tokens = torch.randint(vocab_size, (B, T + 1))
         return rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data import tokenizer as tokenizers
-from data.dataset import Dataset, data_folder, held_splits
+from data.dataset import Dataset
+from data.meta import data_folder, held_splits
 from model import GPT
 
 LOGITS = 2**24  # at a time, so that a large vocabulary's are never whole

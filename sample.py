@@ -27,7 +27,8 @@ import torch
 import configurator
 from configurator import UserError
 from data import tokenizer as tokenizers
-from data.dataset import SAMPLE, data_folder, random_bits, read_meta
+from data.dataset import Purpose, random_bits
+from data.meta import data_folder, read_meta
 from engine import checkpoint as ckpt
 from engine import runtime
 from engine.generation import stream
@@ -171,7 +172,7 @@ def decode(tokenizer, drawn: list[torch.Tensor]) -> list[str]:
 
 def uniform(seed: int, sample: int, n: int) -> torch.Tensor:
     """n random numbers in (0, 1], float32, that depend on nothing but the arguments."""
-    bits = random_bits(seed, SAMPLE, 0, sample, n) >> 40  # 24 of them
+    bits = random_bits(seed, Purpose.SAMPLING, 0, sample, n) >> 40  # 24 of them
     return torch.from_numpy(((bits + 1) / 2**24).astype("float32"))
 
 

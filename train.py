@@ -36,7 +36,8 @@ import torch
 import configurator
 import evaluate
 from configurator import UserError
-from data.dataset import DATA_DIR, EVAL, EVAL_SEED, TRAIN, Dataset, dropout_seed
+from data.dataset import EVAL_SEED, Dataset, Purpose, dropout_seed
+from data.meta import DATA_DIR
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
 from engine import ranges, runtime
@@ -594,7 +595,7 @@ def estimate_loss(
         for i in rt.share(n):
             if interrupt and interrupt.signal:
                 break
-            x, y = rt.to_device(*data.batch(split, EVAL, EVAL_SEED, i, 0, B, T))
+            x, y = rt.to_device(*data.batch(split, Purpose.EVAL, EVAL_SEED, i, 0, B, T))
             with rt.autocast():
                 losses[s, i] = model(x, y, with_logits=False)[1].item()
     model.train()
@@ -784,8 +785,9 @@ class Run:
     def load(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T) on the device."""
         config = self.config
-        key = "train", TRAIN, config.seed, step, micro_step, config.batch_size, config.block_size
-        return self.rt.to_device(*self.data.batch(*key))
+        key = "train", Purpose.TRAIN, config.seed, step, micro_step
+        size = config.batch_size, config.block_size
+        return self.rt.to_device(*self.data.batch(*key, *size))
 
     def due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps happens now."""
@@ -861,7 +863,7 @@ class Run:
     def measure(self) -> list[dict]:
         """Rows of stats.csv, from the first validation sequences."""
         B, T = min(self.config.batch_size, 4), self.config.block_size
-        x, _ = self.rt.to_device(*self.data.batch("val", EVAL, EVAL_SEED, 0, 0, B, T))
+        x, _ = self.rt.to_device(*self.data.batch("val", Purpose.EVAL, EVAL_SEED, 0, 0, B, T))
         return ranges.measure(self.raw_model, x, self.rt)
 
     def skip(self, loss: float, norm: float, skipped: int) -> None:

@@ -10,7 +10,7 @@ from conftest import ROOT, Failed, subprocess_run
 
 import export
 import sample
-from data import dataset
+from data import meta as dataset_meta
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 from engine import checkpoint as ckpt
 from model import GPT, GPTConfig
@@ -207,7 +207,7 @@ def test_the_folder_is_sampled_and_trained_as_what_it_was(exported, run, tmp_pat
 def test_a_model_without_a_known_tokenizer_keeps_its_whole_vocabulary(
     run, tmp_path, data_dir, monkeypatch
 ):
-    monkeypatch.setattr(dataset, "DATA_DIR", data_dir)
+    monkeypatch.setattr(dataset_meta, "DATA_DIR", data_dir)
     (data_dir / "abc" / "meta.json").write_text('{"vocab_size": 20, "dtype": "uint16"}')
     model = GPT(GPTConfig(**ARGS, vocab_size=24))
     saved = {"model": model.state_dict(), "model_args": model.config.model_args()}

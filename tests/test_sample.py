@@ -73,10 +73,10 @@ def test_ids_that_the_tokenizer_can_not_decode_are_never_drawn():
 def test_a_checkpoint_of_nanogpt_samples_with_the_meta_pkl_of_its_data(run, tmp_path, monkeypatch):
     import pickle
 
-    from data import dataset
+    from data import meta
 
     chars = "\nabcdefg"
-    monkeypatch.setattr(dataset, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(meta, "DATA_DIR", tmp_path / "data")
     (tmp_path / "data" / "old").mkdir()
     old = {"vocab_size": 8, "itos": dict(enumerate(chars)), "stoi": {}}
     (tmp_path / "data" / "old" / "meta.pkl").write_bytes(pickle.dumps(old))

@@ -1,25 +1,17 @@
-"""tokenizer.py: what goes in comes out again, and what can't is one clear line."""
+"""data/tokenizer.py: text survives the round trip, and unknown text is one line of error."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import subprocess_run
 
 from configurator import UserError
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
-ROOT = Path(__file__).parents[1]
-TIKTOKEN_FILES = ROOT.parent / "shared" / "data" / "tiktoken"
-
 
 @pytest.fixture
-def gpt2(monkeypatch):
-    if not TIKTOKEN_FILES.is_dir():
-        pytest.skip("GPT-2's vocabulary is not on this machine")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
+def gpt2(gpt2_files):
     return GPT2Tokenizer()
 
 
@@ -70,7 +62,7 @@ def test_characters_come_back_from_their_meta():
         {"tokenizer": "char", "chars": ["a", "b"]},
     ],
 )
-def test_from_meta_takes_nothing_that_it_does_not_know(meta):
+def test_from_meta_accepts_only_known_descriptions(meta):
     with pytest.raises(UserError, match="no tokenizer is described"):
         from_meta(meta)
 
@@ -97,17 +89,10 @@ def test_gpt2_comes_back_from_its_meta(gpt2):
     assert isinstance(from_meta(gpt2.meta()), GPT2Tokenizer)
 
 
-def test_gpt2_that_is_not_to_be_had_is_one_line_naming_where_it_is_looked_for(tmp_path):
+def test_a_missing_gpt2_vocabulary_is_one_line_that_names_its_folder(tmp_path):
     imports = "from configurator import run; from data.tokenizer import GPT2Tokenizer"
     script = f"{imports}; run(GPT2Tokenizer)"
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**os.environ, **nowhere},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = subprocess_run("-c", script, env={**os.environ, **nowhere})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"TIKTOKEN_CACHE_DIR is {tmp_path}" in done.stderr

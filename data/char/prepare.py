@@ -1,10 +1,10 @@
 """
-Anyone's text, character by character.
+Any text, character by character.
 
-    python data/char/prepare.py --input my.txt                      # then train with --dataset=char
-    python data/char/prepare.py --input my.txt --out data/mytext    # and here with --dataset=mytext
+    python data/char/prepare.py --input my.txt                      # train with --dataset=char
+    python data/char/prepare.py --input my.txt --out data/mytext    # train with --dataset=mytext
 
-The text is UTF-8; its last tenth is validation. Of .jsonl every tenth document is, from the first.
+The last tenth of a text is the validation split; of .jsonl it is every tenth document.
 """
 
 import sys
@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import run
-from data.common import parse_args, prepare_files
+from data.command_line import parse_args
+from data.writing import prepare_files
 
 
 def main():
