@@ -76,7 +76,8 @@ class Dataset:
             )
         self.meta = read_meta(self.folder)
         self.vocab_size = self.meta["vocab_size"]
-        self.tokenizer = {k: self.meta[k] for k in ("tokenizer", "chars") if k in self.meta}
+        keys = "tokenizer", "chars", "strings"
+        self.tokenizer = {key: self.meta[key] for key in keys if key in self.meta}
         held = held_splits(self.folder)
         if held == ("test",) and "train" in splits:
             raise UserError(f"dataset={name} is for evaluation only; choose another --dataset")

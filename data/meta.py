@@ -5,7 +5,7 @@ A data set is a folder data/NAME with train.bin and val.bin, raw little-endian t
 meta.json: vocab_size, dtype, tokenizer (for a character-level one with its chars), lengths,
 SHA-256 and source. Some data sets also have test.bin, or only test.bin: these are for evaluation.
 nanoGPT's folders are read too. Without metadata the tokens are GPT-2's in uint16; a meta.pkl is
-read by an unpickler that builds nothing but plain containers.
+read by an unpickler that builds nothing but plain containers, strings and numbers.
 """
 
 import io
@@ -13,7 +13,10 @@ import itertools
 import json
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from configurator import UserError
 
@@ -63,23 +66,67 @@ def read_meta(folder: Path) -> dict:
     for split, unit in itertools.product(SPLITS, UNITS):
         if type(meta.get(key := f"{split}_{unit}", 0)) is not int:
             raise UserError(f"{path} needs a whole number as {key}; prepare the data again")
-    sizes = {"char": len(str(meta.get("chars", ""))), "gpt2": 50257, None: vocab_size}
-    tokenizer = meta.get("tokenizer")
-    if not isinstance(tokenizer, str | None) or sizes.get(tokenizer) != vocab_size:
+    match meta:
+        case {"tokenizer": "gpt2"}:
+            fits = vocab_size == 50257
+        case {"tokenizer": "char", "chars": str(tokens)} | {
+            "tokenizer": "strings",
+            "strings": list(tokens),
+        }:
+            fits = 0 < len(tokens) <= vocab_size  # the ids from len(tokens) on may be unused
+        case _:
+            fits = meta.get("tokenizer") is None
+    if not fits:
         raise UserError(f"{path} has a tokenizer that does not fit its vocab_size={vocab_size}")
     return meta
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def read_meta_pickle(path: Path) -> dict:
-    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run."""
+    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run.
+
+    Tokens that are single characters make a character-level tokenizer, other strings one of
+    strings. Without a string for each id there is none: such data can be trained on.
+    """
     try:
         old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        chars = "".join(old["itos"][i] for i in range(old["vocab_size"]))
+        meta = {"vocab_size": old["vocab_size"], "dtype": "uint16"}
+        itos = old.get("itos") or {}
+        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+        strings = [itos.get(i) for i in range(min(len(itos), old["vocab_size"]))]
     except Exception as error:  # a pickle can fail in any way
         raise UserError(f"{path} is not a plain meta.pkl of nanoGPT: {error}") from error
-    return {"vocab_size": len(chars), "dtype": "uint16", "tokenizer": "char", "chars": chars}
+    if not strings or not all(isinstance(string, str) for string in strings):
+        return meta
+    if all(len(string) == 1 for string in strings) and len(set(strings)) == len(strings):
+        return {**meta, "tokenizer": "char", "chars": "".join(strings)}
+    return {**meta, "tokenizer": "strings", "strings": strings}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing and calls nothing but the stand-ins made here.
+
+    They turn the scalars of numpy into Python's, which is all that they can build.
+    """
+
+    def find_class(self, module: str, name: str) -> Callable:
+        class Dtype:
+            def __init__(self, code, align, copy):
+                self.code = code
+
+            def __setstate__(self, state):
+                self.code = f"{state[1]}{self.code}"  # with the byte order
+
+        def scalar(dtype, data):
+            if not re.fullmatch(r"[<>|]([biuf][1248]|U\d+)", dtype.code):
+                raise pickle.UnpicklingError(f"it has a number of type {dtype.code}")
+            return np.frombuffer(data, dtype.code).item()
+
+        stand_ins = {
+            "numpy.dtype": Dtype,
+            "numpy.core.multiarray.scalar": scalar,
+            "numpy._core.multiarray.scalar": scalar,
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old pickles
+        }
+        if f"{module}.{name}" not in stand_ins:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return stand_ins[f"{module}.{name}"]

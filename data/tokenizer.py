@@ -1,5 +1,5 @@
 """
-Tokenizers: characters, and GPT-2's byte pairs.
+Tokenizers: characters, strings of any length, and GPT-2's byte pairs.
 
 Each has vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): a short description that
 meta.json and every checkpoint keep, so that a checkpoint alone is enough to sample. `from_meta`
@@ -51,6 +51,43 @@ class CharTokenizer:
         return {"tokenizer": "char", "chars": self.chars}
 
 
+class StringTokenizer:
+    """One id per string, for example a word: its place in `strings`."""
+
+    chars_per_token = 1
+
+    def __init__(self, strings: list[str]):
+        self.strings = strings
+        self.vocab_size = len(strings)
+        self._ids = {string: i for i, string in reversed([*enumerate(strings)]) if string}
+        self._lengths = sorted({len(string) for string in self._ids}, reverse=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int64 (n,), by the longest string that matches at each place.
+
+        Raises UserError where no string matches.
+        """
+        ids, start = [], 0
+        while start < len(text):
+            candidates = (text[start : start + length] for length in self._lengths)
+            string = next((s for s in candidates if s in self._ids), None)
+            if string is None:
+                raise UserError(
+                    f"the text cannot be encoded from {_short(text[start:], 20)} on: no token of "
+                    f"the data set matches there; its tokens are {_short(self.strings)}"
+                )
+            ids.append(self._ids[string])
+            start += len(string)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The strings of `ids`, joined. Raises IndexError for an id from vocab_size on."""
+        return "".join(self.strings[i] for i in ids)
+
+    def meta(self) -> dict:
+        return {"tokenizer": "strings", "strings": self.strings}
+
+
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's released models.
 
@@ -80,16 +117,26 @@ class GPT2Tokenizer:
         return {"tokenizer": "gpt2"}
 
 
-def from_meta(meta: dict) -> CharTokenizer | GPT2Tokenizer:
+def from_meta(meta: dict) -> CharTokenizer | StringTokenizer | GPT2Tokenizer:
     """The tokenizer that meta.json or a checkpoint describes. Raises UserError for any other."""
+    if isinstance(meta, dict) and meta.get("tokenizer") is None:
+        raise UserError(
+            "no tokenizer is described, only token ids, which cannot be turned into text; add the "
+            "strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
+        )
     match meta:
         case {"tokenizer": "gpt2"}:
             return GPT2Tokenizer()
         case {"tokenizer": "char", "chars": str(chars)} if 0 < len(chars) == len(set(chars)):
             return CharTokenizer(chars)
+        case {"tokenizer": "strings", "strings": [_, *_] as strings} if all(
+            isinstance(string, str) for string in strings
+        ):
+            return StringTokenizer(strings)
     raise UserError(
         f"no tokenizer is described by {_short(meta)}; "
-        "allowed are 'gpt2', and 'char' with its chars, each once: prepare the data again"
+        "allowed are 'gpt2', 'char' with its chars, each once, and 'strings' with its strings: "
+        "prepare the data again"
     )
 
 

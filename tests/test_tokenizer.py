@@ -7,7 +7,7 @@ import pytest
 from conftest import subprocess_run
 
 from configurator import UserError
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, StringTokenizer, from_meta
 
 
 @pytest.fixture
@@ -53,18 +53,44 @@ def test_characters_come_back_from_their_meta():
 @pytest.mark.parametrize(
     "meta",
     [
-        {},
         None,
         {"tokenizer": "bert"},
         {"tokenizer": "char"},
         {"tokenizer": "char", "chars": ""},
         {"tokenizer": "char", "chars": "abca"},
         {"tokenizer": "char", "chars": ["a", "b"]},
+        {"tokenizer": "strings", "strings": []},
+        {"tokenizer": "strings", "strings": ["a", 1]},
+        {"tokenizer": "strings", "strings": "ab"},
     ],
 )
 def test_from_meta_accepts_only_known_descriptions(meta):
     with pytest.raises(UserError, match="no tokenizer is described"):
         from_meta(meta)
+
+
+def test_a_description_without_a_tokenizer_is_an_error_that_says_so():
+    for meta in ({}, {"vocab_size": 8, "dtype": "uint16"}):
+        with pytest.raises(UserError, match="only token ids.*add the strings of the tokens"):
+            from_meta(meta)
+
+
+def test_strings_are_encoded_by_the_longest_match_and_decoded_by_joining():
+    tokenizer = StringTokenizer(["the ", "cat ", "the cat", "t", "", "t", "he"])
+    assert tokenizer.vocab_size == 7
+    ids = tokenizer.encode("the catthe the the cat")
+    assert ids.dtype == np.int64 and ids.tolist() == [2, 0, 0, 2]
+    assert tokenizer.decode([0, 1, 4, 6, 5]) == "the cat het"
+    assert tokenizer.encode("").tolist() == []
+    again = from_meta(tokenizer.meta())
+    assert isinstance(again, StringTokenizer) and again.strings == tokenizer.strings
+    with pytest.raises(IndexError):
+        tokenizer.decode([7])
+
+
+def test_text_that_no_string_matches_is_one_line_that_names_the_place():
+    with pytest.raises(UserError, match=r"from 'dog\\n' on.*its tokens are \['the ', 'cat '\]"):
+        StringTokenizer(["the ", "cat "]).encode("the cat dog\n")
 
 
 @pytest.mark.parametrize("text", ["", "Hello, world", "naïve \N{GRINNING FACE}\n\n  x\r\n"])
