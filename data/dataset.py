@@ -143,13 +143,17 @@ class Dataset:
             )
 
     def check_length(self, block_size: int) -> None:
-        """Raise UserError if a split has no room for one sequence and its targets."""
-        for split, tokens in self.tokens.items():
-            if len(tokens) <= block_size:
-                raise UserError(
-                    f"{self.folder / split}.bin has {len(tokens)} tokens, which is too short for "
-                    f"block_size={block_size}; pass --block_size={max(1, len(tokens) - 1)} or less"
-                )
+        """Raise UserError if the shortest split has no room for one sequence and its targets."""
+        split, tokens = min(self.tokens.items(), key=lambda item: len(item[1]))
+        longest = len(tokens) - 1
+        if longest < block_size:
+            advice = f"pass --block_size={longest} or less"
+            if longest == 0:
+                advice = f"no block_size fits; prepare more text with  {self.repair}"
+            raise UserError(
+                f"{self.folder / split}.bin has {len(tokens)} tokens, which is too short for "
+                f"block_size={block_size}; {advice}"
+            )
 
     def check_model(self, vocab_size: int, tokenizer: dict | None, model: object) -> None:
         """Raise UserError if these tokens are not for a model with this vocabulary and tokenizer.

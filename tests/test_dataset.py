@@ -131,7 +131,7 @@ def test_damaged_data_are_an_error_that_names_the_file(data_dir, message):
 
 
 def test_data_shorter_than_a_sequence_are_an_error_with_the_length_that_fits(abc):
-    n = len(abc.tokens["val"])
+    n = len(abc.tokens["val"])  # shorter than train
     abc.check_length(n - 1)
     with pytest.raises(UserError, match=f"block_size={n}; pass --block_size={n - 1}"):
         abc.check_length(n)
@@ -165,6 +165,18 @@ def test_fingerprints_differ_between_files_and_are_checked_against_meta_json(dat
     (data_dir / "abc" / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="SHA-256 differs"):
         Dataset("abc", data_dir).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "n, message", [(3, "pass --block_size=2 or less"), (1, "no block_size fits; prepare more text")]
+)
+def test_the_advice_for_short_data_is_one_for_all_splits(data_dir, n, message):
+    meta = {"vocab_size": 20, "dtype": "uint16"}
+    (data_dir / "abc" / "meta.json").write_text(json.dumps(meta))
+    np.ones(7, "<u2").tofile(data_dir / "abc" / "train.bin")
+    np.ones(n, "<u2").tofile(data_dir / "abc" / "val.bin")
+    with pytest.raises(UserError, match=f"val.bin has {n} tokens.*{message}"):
+        Dataset("abc", data_dir).check_length(7)
 
 
 def keep_only_a_test_split(folder):
