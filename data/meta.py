@@ -2,8 +2,8 @@
 The folder of a data set, its metadata and its splits; it can be read without torch.
 
 A data set is a folder data/NAME with train.bin and val.bin, raw little-endian token ids, and
-meta.json: vocab_size, dtype, tokenizer (for a character-level one with its chars), lengths,
-SHA-256 and source. Some data sets also have test.bin, or only test.bin: these are for evaluation.
+meta.json: vocab_size, dtype, tokenizer (with its chars or strings, if it has any), lengths, SHA-256
+and source. Some data sets also have test.bin, or only test.bin: these are for evaluation.
 nanoGPT's folders are read too. Without metadata the tokens are GPT-2's in uint16; a meta.pkl is
 read by an unpickler that builds nothing but plain containers, strings and numbers.
 """
@@ -84,8 +84,8 @@ def read_meta(folder: Path) -> dict:
 def read_meta_pickle(path: Path) -> dict:
     """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run.
 
-    Tokens that are single characters make a character-level tokenizer, other strings one of
-    strings. Without a string for each id there is none: such data can be trained on.
+    Single characters make a character-level tokenizer, longer tokens one of strings. Tokens that
+    are no strings make none, which is enough for training.
     """
     try:
         old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()

@@ -5,50 +5,81 @@ Text travels as a stream of pieces, (split, text), so that no file is ever held 
 begins where GPT-2's tokens may be cut: the tokens of the pieces are those of the whole text.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 
 from data.meta import SPLITS
-from data.text import read_jsonl, read_lines
+from data.text import read_documents, read_lines
 
 Pieces = Iterable[tuple[str, str]]
+TENTH = Fraction(1, 10)
 
 
 def split_files(
-    paths: list[Path], end: str, every: int = 10, own_splits: bool = False
+    paths: Sequence[Path],
+    end: str,
+    val: Sequence[Path] = (),
+    val_share: Fraction = TENTH,
+    own_splits: bool = False,
 ) -> Iterator[tuple[str, str]]:
-    """The pieces of text files and of .jsonl files; one part in `every` is validation.
+    """The pieces of files of text or JSON; `end` follows each document and each of several texts.
 
-    Of a plain text validation is the end, the last tenth by characters; of .jsonl documents it is
-    the first and each `every`-th after it. `end` follows each document, and each of several texts.
-    With `own_splits`, three files are the training, validation and test split.
-    Raises UserError for a file that cannot be read as text or .jsonl.
+    Files of `val`, if there are any, are the validation split. Otherwise it is `val_share` of the
+    paths: the end of each text, and documents at equal distances, the first one included. Where
+    documents are too few for that, it is the end of all of them together. With `own_splits`, three
+    paths are the training, validation and test split. Raises UserError for a file without text.
     """
     if own_splits and len(paths) == 3:
         for split, path in zip(SPLITS, paths, strict=True):
-            yield from ((split, text) for _, text in split_files([path], end, every=1))
-        return
-    jsonl = [path for path in paths if path.suffix == ".jsonl"]
-    plain = [path for path in paths if path.suffix != ".jsonl"]
-    yield from split_documents((d for path in jsonl for d in read_jsonl(path)), end, every)
-    for path in plain:
-        yield from split_text(path, every)
-        if len(plain) > 1:
-            yield "train", end
-            yield "val", end
+            yield from ((split, text) for text in whole_files([path], end))
+    elif val:
+        yield from (("train", text) for text in whole_files(paths, end))
+        yield from (("val", text) for text in whole_files(val, end))
+    else:
+        plain = [path for path in paths if read_documents(path) is None]
+        documents = lambda: chain.from_iterable(read_documents(path) or () for path in paths)
+        needed = math.ceil(1 / val_share)
+        if sum(1 for _ in islice(documents(), needed)) < needed:
+            yield from split_end(documents, val_share, end)
+        else:
+            yield from split_documents(documents(), end, val_share)
+        for path in plain:
+            yield from split_end(functools.partial(read_lines, path), val_share)
+            if len(plain) > 1:
+                yield "train", end
+                yield "val", end
 
 
-def split_documents(documents: Iterable[str], end: str, every: int = 10) -> Iterator:
-    """Pieces of documents: the first and each `every`-th after it are validation."""
+def split_documents(documents: Iterable[str], end: str, val_share: Fraction = TENTH) -> Iterator:
+    """Pieces of documents; with a share of 1/10 documents 0, 10, 20 and so on are validation."""
+    part, whole = val_share.as_integer_ratio()
     for number, document in enumerate(documents):
-        yield "train" if number % every else "val", document + end
+        yield "val" if number * part % whole < part else "train", document + end
 
 
-def split_text(path: Path, every: int) -> Iterator[tuple[str, str]]:
-    """Pieces of a plain text file, whose end is validation."""
-    length = sum(map(len, read_lines(path)))
-    train_left = length * (every - 1) // every
-    for text in read_lines(path):
+def split_end(read: Callable[[], Iterable[str]], val_share: Fraction, end: str = "") -> Iterator:
+    """Pieces of the texts of `read()`, of which the last characters together are validation.
+
+    `end` follows each text. `read` is called twice.
+    """
+    train_left = int(sum(map(len, read())) * (1 - val_share))
+    for text in read():
         yield "train", text[:train_left]
         yield "val", text[train_left:]
+        yield "train" if 0 < train_left >= len(text) else "val", end
         train_left = max(0, train_left - len(text))
+
+
+def whole_files(paths: Sequence[Path], end: str) -> Iterator[str]:
+    """The text of all paths, with `end` after each document and between texts."""
+    for path in paths:
+        documents = read_documents(path)
+        if documents is None:
+            yield from read_lines(path)
+            yield end if len(paths) > 1 else ""
+        else:
+            yield from (document + end for document in documents)

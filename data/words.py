@@ -71,7 +71,8 @@ def prepare_corpus(
     """
     shared = {"num_proc": args.num_proc, "detokenize": None if args.raw else detokenize}
     if args.input:
-        prepare_files(args.input, args.out, "gpt2", own_splits=True, **shared)
+        split = {"val": args.val, "val_share": args.val_share, "own_splits": True}
+        prepare_files(args.input, args.out, "gpt2", **split, **shared)
         return
     tokenizer = GPT2Tokenizer()
     check_disk(hub_space(name, 2 * size, *config), (args.out, size // 2))

@@ -10,16 +10,18 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
 from data.meta import SPLITS, UNITS
-from data.splits import Pieces, split_files
+from data.splits import TENTH, Pieces, split_files
 from data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, code_points
 
 BLOCK = 2**20  # characters that one thread encodes at a time
@@ -33,21 +35,32 @@ def prepare_files(
     source: str | None = None,
     num_proc: int = 1,
     detokenize: Callable[[str], str] | None = None,
+    val: Sequence[Path] = (),
+    val_share: Fraction = TENTH,
     own_splits: bool = False,
-    **split_options,
 ) -> None:
-    """Make a data set of text and .jsonl files; `tokenizer` is "char" or "gpt2".
+    """Make a data set of files of text or JSON; `tokenizer` is "char" or "gpt2".
 
     A character vocabulary holds the characters of the files in the order of their code points. A
-    document ends with a blank line, or with END_OF_TEXT for GPT-2. `own_splits` and `split_options`
-    are those of `split_files`. Raises UserError as `split_files` and `write_dataset` do.
+    document ends with a blank line, or with END_OF_TEXT for GPT-2. The splits are those of
+    `split_files`; a warning on stderr tells where validation is very small or more than half.
+    Raises UserError as `split_files` and `write_dataset` do.
     """
     end = {"char": "\n\n", "gpt2": END_OF_TEXT}[tokenizer]
-    pieces = functools.partial(split_files, paths, end, own_splits=own_splits, **split_options)
+    pieces = functools.partial(split_files, paths, end, val, val_share, own_splits)
     encoder = GPT2Tokenizer() if tokenizer == "gpt2" else char_tokenizer(pieces())
-    source = source or ", ".join(path.name for path in paths)
-    size = sum(path.stat().st_size for path in paths)
-    write_dataset(out, encoder, pieces(), source, size, num_proc, detokenize, line_ends=own_splits)
+    source = source or ", ".join(path.name for path in (*paths, *val))
+    size = sum(path.stat().st_size for path in (*paths, *val))
+    tokens = write_dataset(
+        out, encoder, pieces(), source, size, num_proc, detokenize, line_ends=own_splits
+    )
+    share = tokens["val"] / sum(tokens.values())
+    lowest, highest = min(0.01, val_share / 2), max(0.5, (1 + val_share) / 2)
+    if "test" not in tokens and not lowest <= share <= highest:
+        advice = "give other files to --val, or use --val_share X instead"
+        if not val:
+            advice = "the lengths of the documents differ much; choose some with --val FILE"
+        print(f"warning: {share:.2%} of all tokens are for validation; {advice}", file=sys.stderr)
 
 
 def char_tokenizer(pieces: Pieces) -> CharTokenizer:
@@ -67,8 +80,9 @@ def write_dataset(
     num_proc: int = 1,
     detokenize: Callable[[str], str] | None = None,
     **facts: bool,
-) -> None:
-    """Write a .bin file of raw little-endian ids for each split, and meta.json, and print both.
+) -> dict[str, int]:
+    """Write a .bin file of raw little-endian ids for each split, and meta.json; return the number
+    of tokens of each split, which is printed too.
 
     Training and validation must not be empty, unless all text is "test": that data set is for
     evaluation only. `size` is the approximate number of characters, for the progress bar and for an
@@ -111,7 +125,8 @@ def write_dataset(
         for name in (*(f"{split}.bin" for split in splits), "meta.json"):
             os.replace(folder / name, out / name)
     for split in splits:
-        print(f"{split}: {meta[f'{split}_tokens']:,} tokens in {out / split}.bin")
+        print(f"{split}: {files[split].tokens:,} tokens in {out / split}.bin")
+    return {split: files[split].tokens for split in splits}
 
 
 def encode(pieces: Pieces, tokenizer, size: int, num_proc: int, detokenize) -> Iterator[tuple]:

@@ -40,6 +40,7 @@ print(*(name for name in ("torch", "datasets", "tiktoken", "transformers") if na
 def test_the_help_of_every_script_has_its_commands_and_options(run, name):
     out = run(f"data.{name}.prepare", "--help")
     assert f"python data/{name}/prepare.py" in out and "--input FILE" in out and "--out DIR" in out
+    assert ("--val_share X" in out) == (name != "lambada")
 
 
 def test_char_makes_a_data_set_of_any_text(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -179,6 +180,28 @@ def test_characters_are_those_of_the_files_in_the_order_of_their_code_points(tmp
     meta = read_meta(tmp_path / "out")
     assert meta["chars"] == "\n benort" and meta["source"] == "my.txt"
     assert meta["train_tokens"] + meta["val_tokens"] == 57
+
+
+def test_one_document_is_enough(tmp_path):
+    path = write_jsonl(tmp_path / "my.jsonl", ["to be or not to be, " * 10])
+    writing.prepare_files([path], tmp_path / "out", "char")
+    meta = read_meta(tmp_path / "out")
+    assert (meta["train_tokens"], meta["val_tokens"]) == (180, 22)  # a blank line ends it
+
+
+def test_a_very_small_or_large_validation_split_is_a_warning_with_its_cause(tmp_path, capsys):
+    def warning(lengths, **options):
+        path = write_jsonl(tmp_path / "my.jsonl", ["a" * length for length in lengths])
+        writing.prepare_files([path], tmp_path / "out", "char", **options)
+        return capsys.readouterr().err
+
+    assert warning([100] * 20) == warning([100] * 20, val_share=Fraction(9, 10)) == ""
+    large = warning([1000] + [10] * 11)
+    assert "warning: 89.42% of all tokens are for validation; the lengths of the doc" in large
+    assert "choose some with --val FILE" in large and large.count("\n") == 1
+    assert "warning: 0.33% of all tokens" in warning([1] + [100] * 9)
+    (tmp_path / "val.txt").write_text("aaaaa")
+    assert "warning: 0.25% of all tokens are for val" in warning([2000], val=[tmp_path / "val.txt"])
 
 
 def test_gpt2_documents_end_with_end_of_text(tmp_path, gpt2_files):

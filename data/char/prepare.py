@@ -3,8 +3,9 @@ Any text, character by character.
 
     python data/char/prepare.py --input my.txt                      # train with --dataset=char
     python data/char/prepare.py --input my.txt --out data/mytext    # train with --dataset=mytext
+    python data/char/prepare.py --input a.jsonl --val b.jsonl
 
-The last tenth of a text is the validation split; of .jsonl it is every tenth document.
+Without --val the last tenth of a text is the validation split, or every tenth document of JSON.
 """
 
 import sys
@@ -19,7 +20,7 @@ from data.writing import prepare_files
 
 def main():
     args = parse_args(__file__, __doc__, input_required=True)
-    prepare_files(args.input, args.out, "char")
+    prepare_files(args.input, args.out, "char", val=args.val, val_share=args.val_share)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ EVERY = 500
 
 
 def main():
-    args = parse_args(__file__, __doc__, num_proc=True, tokens=10**9)
+    args = parse_args(__file__, __doc__, num_proc=True, tokens=10**9, val_share="0.002")
     if args.input:
-        prepare_files(args.input, args.out, "gpt2", every=EVERY, num_proc=args.num_proc)
+        split = {"val": args.val, "val_share": args.val_share}
+        prepare_files(args.input, args.out, "gpt2", num_proc=args.num_proc, **split)
         return
     tokenizer = GPT2Tokenizer()
     size = 5 * args.tokens  # characters

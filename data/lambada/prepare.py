@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run
 from data.command_line import parse_args
 from data.downloads import hub_space, hub_texts, load_hub
-from data.text import open_text, read_jsonl
+from data.text import open_text, read_documents
 from data.tokenizer import END_OF_TEXT, GPT2Tokenizer
 from data.writing import check_disk, write_dataset
 
@@ -29,7 +29,7 @@ MB = 10**6
 
 
 def main():
-    args = parse_args(__file__, __doc__, num_proc=True)
+    args = parse_args(__file__, __doc__, num_proc=True, val_share=None)
     tokenizer = GPT2Tokenizer()
     if args.input:
         texts, source = passages(args.input), ", ".join(path.name for path in args.input)
@@ -45,10 +45,10 @@ def main():
 
 
 def passages(paths: list[Path]) -> Iterator[str]:
-    """The texts of .jsonl files, and the lines of others."""
+    """The texts of JSON files, and the lines of others."""
     for path in paths:
-        if path.suffix == ".jsonl":
-            yield from read_jsonl(path)
+        if (documents := read_documents(path)) is not None:
+            yield from documents
         else:
             with open_text(path) as file:
                 yield from (line.strip() for line in file if not line.isspace())

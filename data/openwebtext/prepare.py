@@ -26,9 +26,10 @@ GB = 10**9
 
 
 def main():
-    args = parse_args(__file__, __doc__, num_proc=True)
+    args = parse_args(__file__, __doc__, num_proc=True, val_share="0.0005")
     if args.input:
-        prepare_files(args.input, args.out, "gpt2", every=2000, num_proc=args.num_proc)
+        split = {"val": args.val, "val_share": args.val_share}
+        prepare_files(args.input, args.out, "gpt2", num_proc=args.num_proc, **split)
         return
     tokenizer = GPT2Tokenizer()
     check_disk(hub_space(NAME, 65 * GB), (args.out, 18 * GB))

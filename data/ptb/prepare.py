@@ -10,7 +10,7 @@ numbers and <unk> for other words. Licence: the Linguistic Data Consortium's, fo
 Needs about 15 MB in the Hugging Face cache (HF_HOME) and 3 MB in --out. The three splits are the
 data set's own: 887,521, 70,390 and 78,669 words; the papers count the ends of lines as words too.
 Three files of --input are the training, validation and test split, in that order. With any other
-number of files, the last tenth, or every tenth document of .jsonl, is validation. Spaces within
+number of files, the last tenth, or every tenth document of JSON, is validation. Spaces within
 words are removed (data/words.py), as in GPT-2's paper.
 """
 
@@ -27,7 +27,7 @@ MB = 10**6
 
 
 def main():
-    args = parse_args(__file__, __doc__, num_proc=True, raw=True)
+    args = parse_args(__file__, __doc__, num_proc=True, corpus=True)
     prepare_corpus(
         args,
         "ptb-text-only/ptb_text_only",

@@ -37,7 +37,7 @@ MIN_CHARS = 200_000
 def main():
     args = parse_args(__file__, __doc__)
     if args.input:
-        prepare_files(args.input, args.out, "char")
+        prepare_files(args.input, args.out, "char", val=args.val, val_share=args.val_share)
     else:
         prepare(args.out)
 

@@ -23,7 +23,9 @@ from data.writing import prepare_files
 def main():
     args = parse_args(__file__, __doc__)
     source = None if args.input else TINY_SHAKESPEARE
-    prepare_files(args.input or [tiny_shakespeare(args.out)], args.out, "char", source)
+    paths = args.input or [tiny_shakespeare(args.out)]
+    split = {"val": args.val, "val_share": args.val_share}
+    prepare_files(paths, args.out, "char", source, **split)
 
 
 if __name__ == "__main__":

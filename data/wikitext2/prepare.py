@@ -8,7 +8,7 @@ al. 2016, arXiv:1609.07843), the version without <unk>. Licence: CC BY-SA 3.0.
 
 Needs about 30 MB in the Hugging Face cache (HF_HOME) and 7 MB in --out. The three splits are the
 data set's own. Three files of --input are the training, validation and test split, in that order.
-With any other number of files, the last tenth, or every tenth document of .jsonl, is validation.
+With any other number of files, the last tenth, or every tenth document of JSON, is validation.
 Spaces around punctuation are removed (data/words.py), as in GPT-2's paper.
 """
 
@@ -25,7 +25,7 @@ MB = 10**6
 
 
 def main():
-    args = parse_args(__file__, __doc__, num_proc=True, raw=True)
+    args = parse_args(__file__, __doc__, num_proc=True, corpus=True)
     prepare_corpus(
         args,
         "Salesforce/wikitext",
