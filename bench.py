@@ -32,7 +32,7 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import TRAIN, Batches, Dataset
+from data.dataset import Batches, Dataset, Purpose
 from engine import runtime
 from engine.files import text_table, whole_file
 from engine.nanogpt import NanoGPT, WithLogits
@@ -146,7 +146,7 @@ class TrainingStep:
         """Inputs and targets (B, T) on the device."""
         config, B, T = self.config, self.config.batch_size, self.config.block_size
         if self.data:
-            batch = self.data.batch("train", TRAIN, config.seed, step, micro_step, B, T)
+            batch = self.data.batch("train", Purpose.TRAIN, config.seed, step, micro_step, B, T)
             return self.rt.to_device(*batch)
         tokens = torch.randint(config.vocab_size, (B, T + 1))
         return self.rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

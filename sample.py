@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import configurator
 from configurator import UserError
-from data.dataset import SAMPLE, random_bits
+from data.dataset import Purpose, random_bits
 from engine import runtime
 from engine.files import whole_file
 from engine.generation import stream
@@ -142,7 +142,7 @@ def decode(tokenizer, drawn: list[Tensor]) -> list[str]:
 
 def uniform(seed: int, sample: int, n: int) -> Tensor:
     """n random numbers in (0, 1], float32, that depend on nothing but the arguments."""
-    bits = random_bits(seed, SAMPLE, 0, sample, n) >> 40  # 24 of them
+    bits = random_bits(seed, Purpose.SAMPLING, 0, sample, n) >> 40  # 24 of them
     return torch.from_numpy(((bits + 1) / 2**24).astype("float32"))
 
 

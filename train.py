@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 
 import configurator
-from data.dataset import EVAL, EVAL_SEED, TRAIN, Batches, Dataset, dropout_seed
+from data.dataset import EVAL_SEED, Batches, Dataset, Purpose, dropout_seed
 from engine import checkpoint as ckpt
 from engine import ranges, run_folder, runtime, start
 from engine.distill import Trainee
@@ -187,7 +187,7 @@ def estimate_loss(model, data: Dataset, rt: runtime.Runtime, config: Config) -> 
         of_batch = torch.zeros(config.eval_iters, dtype=torch.float64)  # 0 where other ranks work
         for i in rt.share(config.eval_iters):
             B, T = config.batch_size, model.config.block_size
-            x, y = rt.to_device(*data.batch(split, EVAL, EVAL_SEED, i, 0, B, T))
+            x, y = rt.to_device(*data.batch(split, Purpose.EVAL, EVAL_SEED, i, 0, B, T))
             with rt.autocast():
                 of_batch[i] = model(x, y, with_logits=False)[1].item()
         losses[split] = math.fsum(rt.sum(of_batch)) / config.eval_iters
@@ -244,7 +244,9 @@ def loop(
 
     def load(step: int, micro_step: int) -> list[torch.Tensor]:
         B, T = config.batch_size, config.block_size
-        return rt.to_device(*data.batch("train", TRAIN, config.seed, step, micro_step, B, T))
+        return rt.to_device(
+            *data.batch("train", Purpose.TRAIN, config.seed, step, micro_step, B, T)
+        )
 
     def due(interval: int) -> bool:
         return step % interval == 0 or step in (n_matching, config.max_iters)
@@ -346,7 +348,7 @@ def new_optimizer(model, config: Config, rt: runtime.Runtime) -> torch.optim.Opt
 def first_of(split: str, run: start.Start, rt: runtime.Runtime) -> torch.Tensor:
     """Token ids (B, T) of the first sequences that are evaluated, four at most."""
     B, T = min(run.config.batch_size, 4), run.config.block_size
-    return rt.to_device(*run.data.batch(split, EVAL, EVAL_SEED, 0, 0, B, T))[0]
+    return rt.to_device(*run.data.batch(split, Purpose.EVAL, EVAL_SEED, 0, 0, B, T))[0]
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-# Evaluate a checkpoint: on a few batches of the data it was trained with, or (--dataset) others, or
-# on every token of the data sets that --datasets names.
+# Evaluate a checkpoint on batches of its own data set, or of another with --dataset. With
+# --datasets it is evaluated on every token of the data sets named there.
 #
 #   python train.py config/EVAL.py --out_dir=OUT
 #   python train.py config/EVAL.py --out_dir=OUT --datasets=wikitext103,ptb,lambada

@@ -1,4 +1,4 @@
-# Pointwise attention on the embedded data, with the model and budget of train_11.py.
+# Pointwise attention on the default data set, with the model and budget of train_11.py.
 #
 #   python train.py config/PA.py --attn_type=PA_relu
 

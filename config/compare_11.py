@@ -1,6 +1,7 @@
-# Softmax and eight others in one layer with one head, on the embedded data: 54 runs of 1500 steps,
-# half an hour on 2 CPU cores. At T = 64 all of them soon do better than a table of bigrams; at
-# train_11's T = 256 those without softmax first spend more than 1000 steps on that level.
+# Compare softmax with eight other attentions in one layer with one head, on the default data set:
+# 54 runs of 1500 steps, half an hour on 2 CPU cores. At T = 64 every attention soon predicts better
+# than bigram frequencies do. At T = 256, as in train_11, the attentions without softmax need more
+# than 1000 steps to get there.
 #
 #   python compare.py config/compare_11.py
 
@@ -13,7 +14,7 @@ seeds = "1,2"
 block_size = 64
 batch_size = 32
 max_iters = 1500
-min_lr = None  # a tenth of each learning rate, rather than train_11's
+min_lr = None  # a tenth of each learning rate, instead of the value in train_11
 warmup_iters = 50
 eval_interval = 100
 eval_iters = 20

@@ -1,5 +1,5 @@
 # Losses and perplexities of OpenAI's gpt2-large (774M) on the data sets of its paper.
-# Prepare those first that you want:  python data/wikitext103/prepare.py  and so on.
+# First prepare the data sets that you want:  python data/wikitext103/prepare.py  and so on.
 #
 #   python train.py eval_gpt2_large
 
@@ -7,5 +7,5 @@ init_from = "gpt2-large"
 out_dir = "out-eval-gpt2-large"
 eval_only = True
 datasets = "wikitext2,wikitext103,ptb,lambada,openwebtext"
-eval_stride = 1024  # windows side by side: each token once, with 512 tokens before it on average
+eval_stride = 1024  # adjacent windows: a token has 512 tokens of context on average
 batch_size = 8

@@ -1,5 +1,5 @@
-# 1 layer, 1 head, Gaussian kernel, on the embedded data: two minutes on a laptop.
-# The same model at the scale of the literature is train_11_tinystories.py.
+# 1 layer, 1 head, Gaussian kernel, on the default data set: a few minutes on a laptop.
+# train_11_tinystories.py trains the same architecture at the scale of the literature.
 #
 #   python train.py config/train_11.py
 
@@ -15,7 +15,7 @@ bias = True
 batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 2000
-learning_rate = 3e-3  # GK's weights all start near 1: it takes large steps to become selective
+learning_rate = 3e-3  # all weights of GK start near 1: large steps make them selective
 min_lr = 3e-4
 warmup_iters = 100
 beta2 = 0.99

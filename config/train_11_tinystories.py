@@ -1,5 +1,5 @@
-# 1 layer, 1 head of size 768, Gaussian kernel, on TinyStories with GPT-2 BPE:
-# 12 x 1024 x 40 = 491,520 tokens a step.
+# 1 layer, 1 head of size 768, Gaussian kernel, on TinyStories with GPT-2's tokens:
+# 12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens per step.
 # Prepare the data first:  python data/tinystories/prepare.py
 #
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_11_tinystories.py

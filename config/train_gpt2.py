@@ -1,5 +1,6 @@
-# GPT-2 124M on OpenWebText, 12 x 1024 x 40 = 491,520 tokens a step, 300B tokens in all.
-# Softmax reaches a validation loss of about 2.85; any other attention by --attn_type.
+# GPT-2 124M on OpenWebText: 12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens per step,
+# 300 billion tokens in all. Softmax reaches a validation loss of about 2.85; choose another
+# attention with --attn_type.
 # Prepare the data first:  python data/openwebtext/prepare.py
 #
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py

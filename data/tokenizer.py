@@ -1,9 +1,9 @@
 """
-Tokenizers: characters, and GPT-2's byte pairs.
+Tokenizers: characters, strings of any length, and GPT-2's byte pairs.
 
-Both have vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): the few words from which
-`from_meta` builds the tokenizer again. They are kept in meta.json and in every checkpoint, so that
-a checkpoint alone is enough to sample.
+Each has vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): a short description that
+meta.json and every checkpoint keep, so that a checkpoint alone is enough to sample. `from_meta`
+builds the tokenizer from it again.
 """
 
 import hashlib
@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from engine.network import reachable
 
-END_OF_TEXT = "<|endoftext|>"  # in any text for GPT-2, this is the one token that ends a document
+END_OF_TEXT = "<|endoftext|>"  # GPT-2 reads it as the one token that ends a document
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class CharTokenizer:
-    """One id per character: the id is the character's place in `chars`, which holds each once."""
+    """One id per character: its place in `chars`, which holds each character once."""
 
     chars_per_token = 1
 
@@ -31,15 +30,15 @@ class CharTokenizer:
         self.chars = chars
         self.vocab_size = len(chars)
         self._ids = np.full(0x110000, -1)  # the id of every code point of Unicode
-        self._ids[_code_points(chars)] = np.arange(len(chars))
+        self._ids[code_points(chars)] = np.arange(len(chars))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int64 (n,). Raises UserError for a character not in `chars`."""
-        ids = self._ids[_code_points(text)]
+        ids = self._ids[code_points(text)]
         if ids.size and ids.min() < 0:
             unknown = "".join(sorted(set(text) - set(self.chars)))
             raise UserError(
-                f"the text has characters that this data set has not: {_short(unknown)}; "
+                f"the text has characters that the data set does not have: {_short(unknown)}; "
                 f"allowed are {_short(self.chars)}"
             )
         return ids
@@ -52,10 +51,47 @@ class CharTokenizer:
         return {"tokenizer": "char", "chars": self.chars}
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, by tiktoken; ids as in OpenAI's released models.
+class StringTokenizer:
+    """One id per string, for example a word: its place in `strings`."""
 
-    Raises UserError if tiktoken or its two vocabulary files are not to be had.
+    chars_per_token = 1
+
+    def __init__(self, strings: list[str]):
+        self.strings = strings
+        self.vocab_size = len(strings)
+        self._ids = {string: i for i, string in reversed([*enumerate(strings)]) if string}
+        self._lengths = sorted({len(string) for string in self._ids}, reverse=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int64 (n,), by the longest string that matches at each place.
+
+        Raises UserError where no string matches.
+        """
+        ids, start = [], 0
+        while start < len(text):
+            candidates = (text[start : start + length] for length in self._lengths)
+            string = next((s for s in candidates if s in self._ids), None)
+            if string is None:
+                raise UserError(
+                    f"the text cannot be encoded from {_short(text[start:], 20)} on: no token of "
+                    f"the data set matches there; its tokens are {_short(self.strings)}"
+                )
+            ids.append(self._ids[string])
+            start += len(string)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The strings of `ids`, joined. Raises IndexError for an id from vocab_size on."""
+        return "".join(self.strings[i] for i in ids)
+
+    def meta(self) -> dict:
+        return {"tokenizer": "strings", "strings": self.strings}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's released models.
+
+    Raises UserError if tiktoken is not installed or its two vocabulary files cannot be loaded.
     """
 
     vocab_size = 50257
@@ -66,35 +102,49 @@ class GPT2Tokenizer:
         self._encoding = _load_gpt2_encoding()
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`. Threads run in parallel
-        here, and most quickly on long texts."""
-        text = text.encode("utf-8", "replace").decode()  # tiktoken stumbles over lone surrogates
+        """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`.
+
+        Threads encode in parallel, because tiktoken releases the interpreter's lock.
+        """
+        text = text.encode("utf-8", "replace").decode()  # tiktoken fails on lone surrogates
         return self._encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, which are below vocab_size; bytes that aren't UTF-8 become U+FFFD."""
+        """The text of `ids`, all below vocab_size; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([int(i) for i in ids])
 
     def meta(self) -> dict:
         return {"tokenizer": "gpt2"}
 
 
-def from_meta(meta: dict) -> CharTokenizer | GPT2Tokenizer:
+def from_meta(meta: dict) -> CharTokenizer | StringTokenizer | GPT2Tokenizer:
     """The tokenizer that meta.json or a checkpoint describes. Raises UserError for any other."""
+    if isinstance(meta, dict) and meta.get("tokenizer") is None:
+        raise UserError(
+            "no tokenizer is described, only token ids, which cannot be turned into text; add the "
+            "strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
+        )
     match meta:
         case {"tokenizer": "gpt2"}:
             return GPT2Tokenizer()
         case {"tokenizer": "char", "chars": str(chars)} if 0 < len(chars) == len(set(chars)):
             return CharTokenizer(chars)
+        case {"tokenizer": "strings", "strings": [_, *_] as strings} if all(
+            isinstance(string, str) for string in strings
+        ):
+            return StringTokenizer(strings)
     raise UserError(
         f"no tokenizer is described by {_short(meta)}; "
-        "allowed are 'gpt2', and 'char' with its chars, each once: prepare the data again"
+        "allowed are 'gpt2', 'char' with its chars, each once, and 'strings' with its strings: "
+        "prepare the data again"
     )
 
 
 def meta_of_folder(folder: str | Path) -> dict:
-    """What describes the tokenizer of a model in transformers' format: what export.py has noted
-    there, or else that it is GPT-2's."""
+    """The description of the tokenizer of a model in transformers' format.
+
+    export.py writes one into the folder; without it the tokenizer is GPT-2's.
+    """
     try:
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
         return config["meta"]
@@ -102,7 +152,7 @@ def meta_of_folder(folder: str | Path) -> dict:
         return {"tokenizer": "gpt2"}
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -118,6 +168,8 @@ def _load_gpt2_encoding():
     try:
         import tiktoken
 
+        from engine.network import reachable  # imports urllib
+
         if not (Path(folder) / hashlib.sha1(vocab_url.encode()).hexdigest()).is_file():
             if not reachable(vocab_url):  # tiktoken would try for minutes
                 raise ConnectionError("no network")
@@ -125,6 +177,6 @@ def _load_gpt2_encoding():
     except Exception as error:  # of tiktoken, requests, urllib, or the file system
         raise UserError(
             f"GPT-2's tokenizer is not in {folder} (TIKTOKEN_CACHE_DIR is {cache or 'not set'}), "
-            f"nor can it be downloaded ({type(error).__name__}); copy that folder from a machine "
+            f"and cannot be downloaded ({type(error).__name__}); copy that folder from a machine "
             "that has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
         ) from error

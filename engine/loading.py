@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError
-from data.dataset import DATA_DIR, data_folder, read_meta
+from data.meta import DATA_DIR, data_folder, read_meta
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta, meta_of_folder
 from engine import checkpoint as ckpt
 from model import GPT

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError
-from data.dataset import Dataset, data_folder, held_splits
+from data.dataset import Dataset
+from data.meta import data_folder, held_splits
 from data.tokenizer import END_OF_TEXT, from_meta
 from engine.files import text_table, whole_file
 from engine.runtime import Runtime

@@ -23,7 +23,8 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import DATA_DIR, Dataset, known_datasets
+from data.dataset import Dataset
+from data.meta import DATA_DIR, known_datasets
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch

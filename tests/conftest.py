@@ -98,3 +98,12 @@ def subprocess_run(*args: str, cwd: Path = ROOT, **kwargs) -> subprocess.Complet
     """Run a Python command line in a process of its own, with stdout and stderr kept."""
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch):
+    """Let tiktoken find GPT-2's vocabulary, or skip the test."""
+    folder = ROOT.parent / "shared" / "data" / "tiktoken"
+    if not folder.is_dir():
+        pytest.skip("GPT-2's vocabulary is not on this machine")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))

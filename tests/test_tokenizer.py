@@ -1,25 +1,17 @@
-"""tokenizer.py: what goes in comes out again, and what can't is one clear line."""
+"""data/tokenizer.py: text survives the round trip, and unknown text is one line of error."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import subprocess_run
 
 from configurator import UserError
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
-
-ROOT = Path(__file__).parents[1]
-TIKTOKEN_FILES = ROOT.parent / "shared" / "data" / "tiktoken"
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, StringTokenizer, from_meta
 
 
 @pytest.fixture
-def gpt2(monkeypatch):
-    if not TIKTOKEN_FILES.is_dir():
-        pytest.skip("GPT-2's vocabulary is not on this machine")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
+def gpt2(gpt2_files):
     return GPT2Tokenizer()
 
 
@@ -61,18 +53,44 @@ def test_characters_come_back_from_their_meta():
 @pytest.mark.parametrize(
     "meta",
     [
-        {},
         None,
         {"tokenizer": "bert"},
         {"tokenizer": "char"},
         {"tokenizer": "char", "chars": ""},
         {"tokenizer": "char", "chars": "abca"},
         {"tokenizer": "char", "chars": ["a", "b"]},
+        {"tokenizer": "strings", "strings": []},
+        {"tokenizer": "strings", "strings": ["a", 1]},
+        {"tokenizer": "strings", "strings": "ab"},
     ],
 )
-def test_from_meta_takes_nothing_that_it_does_not_know(meta):
+def test_from_meta_accepts_only_known_descriptions(meta):
     with pytest.raises(UserError, match="no tokenizer is described"):
         from_meta(meta)
+
+
+def test_a_description_without_a_tokenizer_is_an_error_that_says_so():
+    for meta in ({}, {"vocab_size": 8, "dtype": "uint16"}):
+        with pytest.raises(UserError, match="only token ids.*add the strings of the tokens"):
+            from_meta(meta)
+
+
+def test_strings_are_encoded_by_the_longest_match_and_decoded_by_joining():
+    tokenizer = StringTokenizer(["the ", "cat ", "the cat", "t", "", "t", "he"])
+    assert tokenizer.vocab_size == 7
+    ids = tokenizer.encode("the catthe the the cat")
+    assert ids.dtype == np.int64 and ids.tolist() == [2, 0, 0, 2]
+    assert tokenizer.decode([0, 1, 4, 6, 5]) == "the cat het"
+    assert tokenizer.encode("").tolist() == []
+    again = from_meta(tokenizer.meta())
+    assert isinstance(again, StringTokenizer) and again.strings == tokenizer.strings
+    with pytest.raises(IndexError):
+        tokenizer.decode([7])
+
+
+def test_text_that_no_string_matches_is_one_line_that_names_the_place():
+    with pytest.raises(UserError, match=r"from 'dog\\n' on.*its tokens are \['the ', 'cat '\]"):
+        StringTokenizer(["the ", "cat "]).encode("the cat dog\n")
 
 
 @pytest.mark.parametrize("text", ["", "Hello, world", "naïve \N{GRINNING FACE}\n\n  x\r\n"])
@@ -97,17 +115,10 @@ def test_gpt2_comes_back_from_its_meta(gpt2):
     assert isinstance(from_meta(gpt2.meta()), GPT2Tokenizer)
 
 
-def test_gpt2_that_is_not_to_be_had_is_one_line_naming_where_it_is_looked_for(tmp_path):
+def test_a_missing_gpt2_vocabulary_is_one_line_that_names_its_folder(tmp_path):
     imports = "from configurator import run; from data.tokenizer import GPT2Tokenizer"
     script = f"{imports}; run(GPT2Tokenizer)"
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**os.environ, **nowhere},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = subprocess_run("-c", script, env={**os.environ, **nowhere})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"TIKTOKEN_CACHE_DIR is {tmp_path}" in done.stderr

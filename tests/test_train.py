@@ -58,12 +58,12 @@ def test_exactly_max_iters_updates_are_done(run_train, tmp_path):
 def test_the_logged_loss_is_the_mean_over_micro_steps(run_train, tmp_path):
     """At step 1 no weight has moved: the loss is that of one batch with all the sequences."""
     run_train("--out_dir=run", "--max_iters=1", "--learning_rate=0", "--weight_decay=0")
-    from data.dataset import TRAIN, Dataset
+    from data.dataset import Dataset, Purpose
 
     path = tmp_path / "run" / "ckpt.pt"
     model = ckpt.build_model(ckpt.load(path), path)
     data = Dataset("abc", tmp_path / "data")
-    batches = [data.batch("train", TRAIN, 1337, 0, micro, 4, 16) for micro in (0, 1)]
+    batches = [data.batch("train", Purpose.TRAIN, 1337, 0, micro, 4, 16) for micro in (0, 1)]
     with torch.no_grad():
         mean = sum(model(x, y)[1].item() for x, y in batches) / 2
     assert float(rows(tmp_path / "run")[1]["train_loss"]) == pytest.approx(mean, rel=1e-5)
@@ -163,10 +163,11 @@ def test_best_is_the_lowest_validation_loss_and_the_latest_is_kept_on_request(ru
 
 
 def test_evaluation_and_training_draw_different_batches(data_dir):
-    from data.dataset import EVAL, TRAIN, Dataset
+    from data.dataset import Dataset, Purpose
 
     data = Dataset("abc", data_dir)
-    a, b = (data.batch("train", purpose, 1337, 0, 0, 4, 16)[0] for purpose in (TRAIN, EVAL))
+    purposes = Purpose.TRAIN, Purpose.EVAL
+    a, b = (data.batch("train", purpose, 1337, 0, 0, 4, 16)[0] for purpose in purposes)
     assert not torch.equal(a, b)
 
 

@@ -1,15 +1,15 @@
 """
-English that every CPython carries, character by character: the default data set, without a network.
+The documentation that comes with Python, character by character: needs no network.
 
     python data/pydocs/prepare.py
 
-It takes the reference topics that help() shows (pydoc_data.topics), and the docstrings of the
-standard library's modules, classes and functions: about 2 MB and 96 characters, the same for the
-same Python. Licence: PSF.
+The text is made of the reference topics that help() shows (pydoc_data.topics) and the docstrings of
+the standard library's modules, classes and functions: about 2 MB with 96 different characters,
+always the same for one version of Python. Licence: PSF.
 
-Typographic quotes and dashes become ASCII; a document with anything else that is not printable
-ASCII is left out, and so are repetitions. Documents end with a blank line. They stand in the order
-of their SHA-256, and every tenth is validation, so that both splits are fair samples.
+Typographic quotes and dashes become ASCII. Documents with other characters outside printable ASCII
+are left out, and so are repetitions. Documents end with a blank line. They are sorted by SHA-256,
+and every tenth is validation, so that both splits are fair samples.
 """
 
 import ast
@@ -25,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, run
-from data.common import char_tokenizer, parse_args, prepare_files, split_documents, write_dataset
+from data.command_line import parse_args
+from data.splits import split_documents
+from data.writing import char_tokenizer, prepare_files, write_dataset
 
 TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "..."})
 NOT_PROSE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
@@ -35,13 +37,13 @@ MIN_CHARS = 200_000
 def main():
     args = parse_args(__file__, __doc__)
     if args.input:
-        prepare_files(args.input, args.out, "char")
+        prepare_files(args.input, args.out, "char", val=args.val, val_share=args.val_share)
     else:
         prepare(args.out)
 
 
 def prepare(out: Path) -> None:
-    """Write the data set to `out`. Raises UserError if this Python was stripped of its texts."""
+    """Write the data set to `out`. Raises UserError for a Python without its documentation."""
     documents = clean([*reference_topics(), *docstrings(Path(sysconfig.get_path("stdlib")))])
     size = sum(map(len, documents))
     if size < MIN_CHARS:
@@ -71,7 +73,7 @@ def docstrings(folder: Path) -> Iterator[str]:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            continue  # broken on purpose, or not ours to read
+            continue  # invalid on purpose, or not readable
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield ast.get_docstring(node) or ""

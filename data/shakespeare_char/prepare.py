@@ -5,7 +5,8 @@ char-rnn; Shakespeare's text is in the public domain.
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --input input.txt       # offline, or another text
 
-As nanoGPT's: 65 characters, 1,003,854 tokens of training, and the last tenth, 111,540, validation.
+The vocabulary and the split are nanoGPT's: 65 characters, 1,003,854 of them for training, and the
+last tenth of the text, 111,540 characters, for validation.
 """
 
 import sys
@@ -14,12 +15,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import run
-from data.common import parse_args, prepare_tiny_shakespeare
+from data.command_line import parse_args
+from data.downloads import TINY_SHAKESPEARE, tiny_shakespeare
+from data.writing import prepare_files
 
 
 def main():
     args = parse_args(__file__, __doc__)
-    prepare_tiny_shakespeare(args.input, args.out, "char")
+    source = None if args.input else TINY_SHAKESPEARE
+    paths = args.input or [tiny_shakespeare(args.out)]
+    split = {"val": args.val, "val_share": args.val_share}
+    prepare_files(paths, args.out, "char", source, **split)
 
 
 if __name__ == "__main__":

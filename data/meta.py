@@ -1,0 +1,132 @@
+"""
+The folder of a data set, its metadata and its splits; it can be read without torch.
+
+A data set is a folder data/NAME with train.bin and val.bin, raw little-endian token ids, and
+meta.json: vocab_size, dtype, tokenizer (with its chars or strings, if it has any), lengths, SHA-256
+and source. Some data sets also have test.bin, or only test.bin: these are for evaluation.
+nanoGPT's folders are read too. Without metadata the tokens are GPT-2's in uint16; a meta.pkl is
+read by an unpickler that builds nothing but plain containers, strings and numbers.
+"""
+
+import io
+import itertools
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+DATA_DIR = Path(__file__).parent
+SPLITS = ("train", "val", "test")
+UNITS = ("tokens", "bytes", "words", "lines")  # in which meta.json gives the length of a split
+
+
+def data_folder(name: str, data_dir: str | Path | None = None) -> Path:
+    """The folder of data set `name`. Raises UserError for a path in place of a name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"dataset={name!r} is not a name; the data sets are {known_datasets()}")
+    return (Path(data_dir) if data_dir else DATA_DIR) / name
+
+
+def known_datasets() -> str:
+    """The names of the data sets that have a prepare.py, separated by commas."""
+    return ", ".join(sorted(path.parent.name for path in DATA_DIR.glob("*/prepare.py")))
+
+
+def held_splits(folder: Path) -> tuple[str, ...]:
+    """The splits that a data set's meta.json describes, or else those that it has a file of."""
+    meta = read_meta(folder)
+    described = tuple(split for split in SPLITS if f"{split}_tokens" in meta)
+    return described or tuple(split for split in SPLITS if (folder / f"{split}.bin").is_file())
+
+
+def read_meta(folder: Path) -> dict:
+    """The metadata of a data set, from meta.json or nanoGPT's meta.pkl, or GPT-2's without either.
+
+    Raises UserError for a file that cannot be read or contradicts itself.
+    """
+    if (path := folder / "meta.json").is_file():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error}); prepare the data again") from error
+    elif (path := folder / "meta.pkl").is_file():
+        meta = read_meta_pickle(path)
+    else:  # nanoGPT's openwebtext: GPT-2 BPE, two bytes a token
+        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
+    meta = meta if isinstance(meta, dict) else {}
+    limit = {"uint16": 2**16, "uint32": 2**32}.get(str(meta.get("dtype")), 0)
+    vocab_size = meta.get("vocab_size")
+    if not (type(vocab_size) is int and 0 < vocab_size <= limit):
+        raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
+    for split, unit in itertools.product(SPLITS, UNITS):
+        if type(meta.get(key := f"{split}_{unit}", 0)) is not int:
+            raise UserError(f"{path} needs a whole number as {key}; prepare the data again")
+    match meta:
+        case {"tokenizer": "gpt2"}:
+            fits = vocab_size == 50257
+        case {"tokenizer": "char", "chars": str(tokens)} | {
+            "tokenizer": "strings",
+            "strings": list(tokens),
+        }:
+            fits = 0 < len(tokens) <= vocab_size  # the ids from len(tokens) on may be unused
+        case _:
+            fits = meta.get("tokenizer") is None
+    if not fits:
+        raise UserError(f"{path} has a tokenizer that does not fit its vocab_size={vocab_size}")
+    return meta
+
+
+def read_meta_pickle(path: Path) -> dict:
+    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run.
+
+    Single characters make a character-level tokenizer, longer tokens one of strings. Tokens that
+    are no strings make none, which is enough for training.
+    """
+    try:
+        old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        meta = {"vocab_size": old["vocab_size"], "dtype": "uint16"}
+        itos = old.get("itos") or {}
+        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+        strings = [itos.get(i) for i in range(min(len(itos), old["vocab_size"]))]
+    except Exception as error:  # a pickle can fail in any way
+        raise UserError(f"{path} is not a plain meta.pkl of nanoGPT: {error}") from error
+    if not strings or not all(isinstance(string, str) for string in strings):
+        return meta
+    if all(len(string) == 1 for string in strings) and len(set(strings)) == len(strings):
+        return {**meta, "tokenizer": "char", "chars": "".join(strings)}
+    return {**meta, "tokenizer": "strings", "strings": strings}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing and calls nothing but the stand-ins made here.
+
+    They turn the scalars of numpy into Python's, which is all that they can build.
+    """
+
+    def find_class(self, module: str, name: str) -> Callable:
+        class Dtype:
+            def __init__(self, code, align, copy):
+                self.code = code
+
+            def __setstate__(self, state):
+                self.code = f"{state[1]}{self.code}"  # with the byte order
+
+        def scalar(dtype, data):
+            if not re.fullmatch(r"[<>|]([biuf][1248]|U\d+)", dtype.code):
+                raise pickle.UnpicklingError(f"it has a number of type {dtype.code}")
+            return np.frombuffer(data, dtype.code).item()
+
+        stand_ins = {
+            "numpy.dtype": Dtype,
+            "numpy.core.multiarray.scalar": scalar,
+            "numpy._core.multiarray.scalar": scalar,
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old pickles
+        }
+        if f"{module}.{name}" not in stand_ins:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return stand_ins[f"{module}.{name}"]
