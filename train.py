@@ -243,10 +243,8 @@ def loop(
     saver = ckpt.Saver(folder, log.say, step if resumes else None)
 
     def load(step: int, micro_step: int) -> list[torch.Tensor]:
-        B, T = config.batch_size, config.block_size
-        return rt.to_device(
-            *data.batch("train", Purpose.TRAIN, config.seed, step, micro_step, B, T)
-        )
+        key = "train", Purpose.TRAIN, config.seed, step, micro_step
+        return rt.to_device(*data.batch(*key, config.batch_size, config.block_size))
 
     def due(interval: int) -> bool:
         return step % interval == 0 or step in (n_matching, config.max_iters)
