@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# INSTALL="uv pip install --python .venv" is faster, and takes torch's CPU build where there is no GPU
+# INSTALL="uv pip install" is faster, and takes torch's CPU build where there is no GPU
 INSTALL ?= $(PY) -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 # The folder that `make train` writes to and draws its text from
