@@ -7,9 +7,9 @@ Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and i
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
-transformers computes softmax attention only. If the model has another one, config.json names it
-(attn_type, pa_length, pa_length_power): transformers ignores these keys, but sample.py, train.py
-and evaluate.py read them and take the folder as --init_from=DIR.
+transformers computes softmax attention only. It ignores the keys of config.json that name another
+one (attn_type, pa_length, pa_length_power). train.py, sample.py and evaluate.py read them, and take
+the folder as --init_from=DIR.
 """
 
 import json
@@ -26,7 +26,7 @@ from configurator import UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
 from engine.loading import load_trained
 from engine.lora import fold_lora
-from engine.pretrained import ATTENTION_ARGS, TRANSPOSED
+from engine.pretrained import ATTENTION_ARGS, SIZES, TRANSPOSED
 from model import GPTConfig
 
 
@@ -54,20 +54,16 @@ def to_hf(
     from transformers import GPT2Config
 
     vocab_size = vocab_size or config.vocab_size
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-    attention = {k: v for k, v in config.model_args().items() if k in ATTENTION_ARGS}
+    args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
+    args |= {key: value for key, value in config.model_args().items() if key in ATTENTION_ARGS}
+    args |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     hf_config = GPT2Config(
         architectures=["GPT2LMHeadModel"],
-        vocab_size=vocab_size,
         n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
         activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
         bos_token_id=eot,
         eos_token_id=eot,
-        **dropouts,
-        **attention,
+        **args,
     )
     hf_state = {}
     for name, weight in state.items():
@@ -131,9 +127,8 @@ def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenize
             to.rmdir()
         temporary.rename(to)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        repair = "choose another folder, or make room"
-        raise UserError(f"to={to} can't be written ({reason}); {repair}") from error
+        reason = f"can't be written ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"to={to} {reason}; choose another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -142,7 +137,7 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if not config.to:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
-    trained = load_trained(config.out_dir, config.checkpoint, data_dir=config.data_dir)
+    trained = load_trained(config.out_dir, config.checkpoint, "resume", config.data_dir)
     model, path, tokenizer = trained.model, trained.source, None
     if model.config.lora_rank and not config.merge:
         raise UserError(f"{path} has adapters; pass --merge to fold them into the weights")
@@ -153,11 +148,9 @@ def main() -> None:
     state, attn_type = fold_lora(model.state_dict(), model.config), model.config.attn_type
     write_folder(Path(config.to), state, model.config, tokenizer)
     if attn_type != "SM":
-        print(
-            f"warning: transformers would compute softmax with these weights, not {attn_type}; use "
-            f"the folder with this project only, e.g.  python sample.py --init_from={config.to}",
-            file=sys.stderr,
-        )
+        warning = f"transformers would compute softmax with these weights, not {attn_type}"
+        advice = "use the folder with this project only, e.g.  python sample.py --init_from="
+        print(f"warning: {warning}; {advice}{config.to}", file=sys.stderr)
     print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")
 
 

@@ -40,6 +40,8 @@ from engine.loading import check_utf8, encode_prompt, load
 from model import GPT
 
 RULER = "\n---------------"  # between texts
+# The keys that are arguments of `generate`
+DRAWING = "num_samples max_new_tokens temperature top_k top_p stop seed window_stride sample_batch"
 
 
 @dataclass
@@ -145,14 +147,10 @@ def read_prompts(start: str) -> list[str]:
         paths = sorted(path for path in Path(name).glob("*") if path.is_file())
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_text(encoding="utf-8", errors="surrogateescape"))
         except OSError as error:
             raise UserError(f"prompt file {path} can't be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"prompt file {path} is not UTF-8 text, from byte {error.start + 1} on; convert it "
-                f"with  iconv -f latin1 -t utf-8 {path} > NEW.txt"
-            ) from error
+        check_utf8(texts[-1], f"prompt file {path}")
     if kind == "LINES":
         texts = [line for line in texts[0].splitlines() if line]
     if not texts:
@@ -174,8 +172,8 @@ class Live:
             text = text.split(stop)[0]
         else:
             text = text.rstrip("\ufffd")  # a token may hold some bytes of a character only
-            begun = (n for n in range(len(stop), 0, -1) if text.endswith(stop[:n]))
-            text = text[: len(text) - next(begun, 0)]
+            begun = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text = text[: len(text) - begun]
         self.show(text)
 
     def show(self, text: str) -> None:
@@ -185,10 +183,8 @@ class Live:
 
 
 class Output:
-    """Shows what is being drawn, and writes each batch of texts when it is finished.
-
-    A single text for a terminal appears there token by token; else a bar counts the tokens.
-    """
+    """Writes each batch of texts when it is finished. Meanwhile a bar counts the tokens, but a
+    single text for a terminal appears there token by token."""
 
     def __init__(self, config: Config, prompts: list[str], tokenizer):
         self.config, self.prompts = config, prompts
@@ -222,7 +218,7 @@ class Output:
         self.n_texts += len(texts)
 
     def write(self, texts: list[str]) -> None:
-        """Write a batch to the file `out`: the first one replaces it, and others join it."""
+        """Write a batch to the file `out`, which the first one replaces."""
         path, n = Path(self.config.out), self.config.num_samples
         lines = [text + RULER for text in texts]
         if path.suffix == ".jsonl":
@@ -261,23 +257,9 @@ def main() -> None:
     output = Output(config, prompts, tokenizer)
     started = time.perf_counter()
     with output.interrupt, suppress(KeyboardInterrupt):
-        generate(
-            model,
-            tokenizer,
-            prompts,
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop=config.stop,
-            seed=config.seed,
-            window_stride=config.window_stride,
-            sample_batch=config.sample_batch,
-            compile=rt.compile,
-            on_tokens=output.add_tokens,
-            on_texts=output.add_texts,
-        )
+        options = {key: getattr(config, key) for key in DRAWING.split()}
+        options |= {"on_tokens": output.add_tokens, "on_texts": output.add_texts}
+        generate(model, tokenizer, prompts, compile=rt.compile, **options)
     output.bar.close()
     if output.interrupt.signal:
         if output.live:
@@ -285,8 +267,7 @@ def main() -> None:
         print(f"stopped: {output.n_texts} of {output.total} texts are written", file=sys.stderr)
         sys.exit(128 + output.interrupt.signal)
     rt.synchronize()
-    seconds = time.perf_counter() - started
-    speed = output.n_tokens / seconds
+    speed = output.n_tokens / (time.perf_counter() - started)
     print(f"{output.n_tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 

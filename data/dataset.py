@@ -34,11 +34,8 @@ class Purpose(IntEnum):
 
 
 def random_bits(seed: int, purpose: Purpose, step: int, micro_step: int, n: int) -> np.ndarray:
-    """n random uint64 that depend on nothing but the arguments.
-
-    They come from Philox, a counter-based generator (Salmon et al. 2011), as raw bits, which numpy
-    promises never to change between versions.
-    """
+    """n random uint64 that depend on nothing but the arguments: the raw bits, which numpy promises
+    never to change, of Philox, a counter-based generator (Salmon et al. 2011)."""
     return np.random.Philox(key=[seed, purpose], counter=[0, 0, micro_step, step]).random_raw(n)
 
 
@@ -51,8 +48,8 @@ class Dataset:
     """The token files of one data set; `tokens` maps each of `splits` to its checked file.
 
     `meta` is what meta.json says, `tokenizer` the part of it that a checkpoint keeps; every id is
-    below `vocab_size`. Raises UserError if the folder, a file or the metadata is missing, damaged
-    or contradicts itself, and if the data set lacks one of the splits.
+    below `vocab_size`. Raises UserError if the folder, a split or the metadata is missing, damaged
+    or contradicts itself.
     """
 
     def __init__(
@@ -142,10 +139,8 @@ class Dataset:
             )
 
     def check_model(self, vocab_size: int, tokenizer: dict | None, model: object) -> None:
-        """Raise UserError if these tokens are not for a model with this vocabulary and tokenizer.
-
-        `model` names it in the message; the tokenizer may be None, for unknown.
-        """
+        """Raise UserError if the tokens are not for a model with this vocabulary and tokenizer
+        (None: not known). `model` names it in the message."""
         if tokenizer and self.tokenizer and tokenizer != self.tokenizer:
             raise UserError(
                 f"data set {self.name} is not tokenized as {model} was; prepare it with the same "

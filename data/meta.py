@@ -84,11 +84,8 @@ def tokenizer_of(meta: dict) -> dict:
 
 
 def read_meta_pickle(path: Path) -> dict:
-    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run.
-
-    Single characters make a character-level tokenizer, longer tokens one of strings. Tokens that
-    are no strings make none, which is enough for training.
-    """
+    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run. Tokens that
+    are no strings make no tokenizer, which is enough for training."""
     try:
         old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         meta = {"vocab_size": old["vocab_size"], "dtype": "uint16"}

@@ -86,10 +86,8 @@ class StringTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's released models.
-
-    Raises UserError if tiktoken is not installed or its two vocabulary files cannot be loaded.
-    """
+    """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's models. Raises UserError if
+    tiktoken is not installed, or its two vocabulary files cannot be loaded."""
 
     vocab_size = 50257
     eot = 50256  # the id of END_OF_TEXT
@@ -133,11 +131,6 @@ Tokenizer = CharTokenizer | StringTokenizer | GPT2Tokenizer
 
 def from_meta(meta: dict) -> Tokenizer:
     """The tokenizer that meta.json or a checkpoint describes. Raises UserError for any other."""
-    if isinstance(meta, dict) and meta.get("tokenizer") is None:
-        raise UserError(
-            "no tokenizer is described, only token ids, which cannot be turned into text; add the "
-            "strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
-        )
     match meta:
         case {"tokenizer": "gpt2"}:
             return GPT2Tokenizer()
@@ -145,10 +138,14 @@ def from_meta(meta: dict) -> Tokenizer:
             return CharTokenizer(chars)
         case {"tokenizer": "strings", "strings": list(strings)} if {*map(type, strings)} == {str}:
             return StringTokenizer(strings)
+        case dict() if meta.get("tokenizer") is None:
+            raise UserError(
+                "no tokenizer is described, only token ids, which cannot be turned into text; add "
+                "the strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
+            )
     raise UserError(
-        f"no tokenizer is described by {_short(meta)}; "
-        "allowed are 'gpt2', 'char' with its chars, each once, and 'strings' with its strings: "
-        "prepare the data again"
+        f"no tokenizer is described by {_short(meta)}; prepare the data again: allowed are 'gpt2', "
+        "'char' with its chars, each once, and 'strings' with its strings"
     )
 
 

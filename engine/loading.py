@@ -47,10 +47,8 @@ def load(
     data_dir: str | Path | None = None,
     **overrides,
 ) -> tuple[GPT, Tokenizer]:
-    """A model to draw text from, on the CPU and in eval mode, and its tokenizer.
-
-    The arguments are those of load_trained. Raises UserError if either can't be had.
-    """
+    """A model to draw text from, on the CPU and in eval mode, and its tokenizer; the arguments are
+    those of load_trained. Raises UserError if either can't be had."""
     if init_from != "resume":
         from_meta(meta_of_folder(init_from))  # fails sooner than the weights are read
     overrides = {"dropout": 0.0, **overrides}
@@ -59,13 +57,9 @@ def load(
 
 
 def load_trained(
-    out_dir: str | Path,
-    checkpoint: str = ckpt.LATEST,
-    init_from: str = "resume",
-    data_dir: str | Path | None = None,
-    **overrides,
+    out_dir: str | Path, checkpoint: str, init_from: str, data_dir: str | Path | None, **overrides
 ) -> Trained:
-    """The model of a checkpoint in `out_dir`, or else what GPT.from_pretrained takes: `init_from`.
+    """The model of a checkpoint in `out_dir`, or what GPT.from_pretrained makes of `init_from`.
 
     `data_dir` holds the data sets, which know the tokenizers of nanoGPT's checkpoints. `overrides`
     are fields of GPTConfig such as attn_impl.
@@ -128,11 +122,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Sequence[int]:
 
 
 def check_utf8(text: str, name: str) -> None:
-    """Raise UserError if `text`, from the command line, was bytes that are not UTF-8."""
+    """Raise UserError if `text` has lone surrogates, in place of bytes that are not UTF-8."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # Python has put lone surrogates in their place
+    except UnicodeEncodeError as error:
         raise UserError(
             f"{name} is not UTF-8 text, from character {error.start + 1} on; convert it first, "
-            'e.g. with  --start="$(iconv -f latin1 -t utf-8 prompt.txt)"'
+            "e.g. with  iconv -f latin1 -t utf-8 OLD.txt > NEW.txt"
         ) from error

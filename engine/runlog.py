@@ -18,7 +18,7 @@ from engine.start import tokens_per_step
 
 
 class RunLog:
-    """log.csv, stats.csv, the terminal and trackers. Only the main process writes.
+    """The log of a run, which only the main process writes.
 
     A row of log.csv: step (updates done); tokens seen; train_loss of that step's batches (mean over
     micro-steps and ranks), or distill_loss while attention is matched; val_loss and eval_train_loss
@@ -78,22 +78,19 @@ class RunLog:
             return
         row["seconds"] = self.seconds = self.seconds + row.pop("window_seconds", 0.0)
         self.table.write([row])
-        self._track("log", {k: v for k, v in row.items() if v is not None}, row["step"])
-        if "step_ms" in row:
-            self._show_progress(row)
+        step, loss = row["step"], row.get("distill_loss", row.get("train_loss"))
+        self._track("log", {k: v for k, v in row.items() if v is not None}, step)
+        if "step_ms" in row and self.bar.disable:
+            mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            speed = f"{row['step_ms']:.1f} ms/step, {row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
+            say(f"step {step}: loss {loss:.4f}, {speed}")
+        elif "step_ms" in row:
+            progress = f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s"
+            self.bar.set_postfix_str(progress, refresh=False)
+            self.bar.update(step - self.bar.n)
         if "val_loss" in row:
             losses = f"train loss {row['eval_train_loss']:.4f}, val loss {row['val_loss']:.4f}"
-            self.say(f"step {row['step']}: {losses}")
-
-    def _show_progress(self, row: dict) -> None:
-        loss, rate = row.get("distill_loss", row.get("train_loss")), f"{row['tokens_per_s']:,.0f}"
-        if self.bar.disable:
-            mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-            speed = f"{row['step_ms']:.1f} ms/step, {rate} tokens/s, mfu {mfu}"
-            say(f"step {row['step']}: loss {loss:.4f}, {speed}")
-        else:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate} tok/s", refresh=False)
-            self.bar.update(row["step"] - self.bar.n)
+            self.say(f"step {step}: {losses}")
 
     def write_stats(self, step: int, measure: Callable[[], list[dict]]) -> None:
         """Add the rows that `measure` returns, unless those of this step are already there."""
@@ -147,8 +144,7 @@ class Table:
     goes on from, are dropped. A file that can't be written costs one line, and the run goes on."""
 
     def __init__(self, path: Path, columns: list[str], first_step: int):
-        self.path, self.failed = path, False
-        rows = []
+        self.path, self.failed, rows = path, False, []
         with suppress(OSError):
             rows = read_rows(path, first_step) if first_step > 0 else []
         self.last = rows[-1] if rows else {}

@@ -39,8 +39,8 @@ HEADINGS = {
     "last_word_perplexity": "its ppl",
 }
 
-# Inputs are tokens [first, last). Targets count from the one that follows input first + n_skipped.
-Window = tuple[int, int, int]  # first, last, n_skipped
+# first, last, n_skipped: inputs are tokens [first, last); scored is what follows first + n_skipped
+Window = tuple[int, int, int]
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Task:
 def run_evaluation(
     model: GPT, tokenizer_meta: dict | None, about: dict, config, rt: Runtime
 ) -> int:
-    """Score the data sets that config.datasets lists, and print a table. After each of them, its
-    row is written to eval.json in config.out_dir, together with `about`, which says what the model
-    is. `tokenizer_meta` describes the model's tokenizer, if that is known.
+    """Score the data sets that config.datasets lists, write the row of each to eval.json together
+    with `about` the model, and print a table. `tokenizer_meta` describes the model's tokenizer, if
+    that is known. The config also has out_dir, data_dir, eval_stride and batch_size.
 
     Returns the exit code. A data set that can't be scored is a line on stderr and makes the code 2;
-    the others are scored nevertheless. The config also has data_dir, eval_stride and batch_size.
+    the others are scored nevertheless.
     """
     about = {**about, "attn_type": model.config.attn_type, "dtype": rt.dtype}
     names = dict.fromkeys(name.strip() for name in config.datasets.split(","))
@@ -182,8 +182,7 @@ def passages(tokens: np.ndarray, tokenizer, T: int) -> tuple[list[Window], list[
 @torch.no_grad()
 def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[float]]:
     """Four sums for each batch of windows: -ln p, scored tokens, last words guessed, and the last
-    words' -ln p. Ranks share the batches; every rank gets all sums, and their number does not
-    change them."""
+    words' -ln p. Ranks share the batches; every rank gets all sums, whatever their number."""
     model.eval()
     # The longest windows come first: if memory is too short, the first batch shows it
     lengths = [last - first for first, last, _ in task.windows]
@@ -248,6 +247,5 @@ def write_rows(rows: dict[str, dict], about: dict, folder: Path) -> None:
         with whole_file(path) as file:
             file.write(json.dumps({**about, "results": rows}, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}); choose another --out_dir, or make room"
-        ) from error
+        reason = f"can't be written ({error.strerror})"
+        raise UserError(f"{path} {reason}; choose another --out_dir, or make room") from error
