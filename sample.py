@@ -248,10 +248,9 @@ def main() -> None:
     source = config.out_dir, config.checkpoint, config.init_from, config.data_dir
     model, tokenizer = load(*source, attn_impl=config.attn_impl)
     model.to(rt.device, getattr(torch, rt.dtype))  # the weights are cast once, not at each step
-    block_size = model.config.block_size
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    if longest > block_size:
-        seen = f"the model sees only the last {block_size} of them (block_size)"
+    if longest > model.config.block_size:
+        seen = f"the model sees only the last {model.config.block_size} of them (block_size)"
         print(f"a prompt has {longest} tokens: {seen}", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     output = Output(config, prompts, tokenizer)

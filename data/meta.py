@@ -57,7 +57,7 @@ def read_meta(folder: Path) -> dict:
         meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
     meta = meta if isinstance(meta, dict) else {}
     limit = {"uint16": 2**16, "uint32": 2**32}.get(str(meta.get("dtype")), 0)
-    vocab_size = meta.get("vocab_size")
+    vocab_size, fits = meta.get("vocab_size"), meta.get("tokenizer") is None
     if not (type(vocab_size) is int and 0 < vocab_size <= limit):
         raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
     for split, unit in itertools.product(SPLITS, UNITS):
@@ -66,13 +66,10 @@ def read_meta(folder: Path) -> dict:
     match meta:
         case {"tokenizer": "gpt2"}:
             fits = vocab_size == 50257
-        case {"tokenizer": "char", "chars": str(tokens)} | {
-            "tokenizer": "strings",
-            "strings": list(tokens),
-        }:
+        case {"tokenizer": "char", "chars": str(tokens)}:
             fits = 0 < len(tokens) <= vocab_size  # the ids from len(tokens) on may be unused
-        case _:
-            fits = meta.get("tokenizer") is None
+        case {"tokenizer": "strings", "strings": list(tokens)}:
+            fits = 0 < len(tokens) <= vocab_size
     if not fits:
         raise UserError(f"{path} has a tokenizer that does not fit its vocab_size={vocab_size}")
     return meta

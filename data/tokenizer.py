@@ -78,7 +78,6 @@ class StringTokenizer:
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The strings of `ids`, joined. Raises IndexError for an id from vocab_size on."""
         return "".join(self.strings[i] for i in ids)
 
     def meta(self) -> dict:

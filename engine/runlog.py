@@ -23,9 +23,8 @@ class RunLog:
     A row of log.csv: step (updates done); tokens seen; train_loss of that step's batches (mean over
     micro-steps and ranks), or distill_loss while attention is matched; val_loss and eval_train_loss
     where an evaluation was due; grad_norm of that step before clipping; lr; step_ms, tokens_per_s
-    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory that the
-    process has held (MiB; of the GPU if there is one); and the seconds spent in training steps so
-    far. The columns of stats.csv are in ranges.COLUMNS.
+    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory held so far
+    (of the GPU if there is one); seconds in training steps so far. stats.csv has ranges.COLUMNS.
     """
 
     COLUMNS = (
@@ -45,8 +44,8 @@ class RunLog:
             self.stats = Table(folder / "stats.csv", ranges.COLUMNS, first_step)
         # Without steps/s, which tokens/s imply, the line of a long run fits in 80 columns
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        hide = None  # unless stderr is a terminal
-        self.bar = tqdm(total=config.max_iters, initial=first_step, bar_format=form, disable=hide)
+        total, hide_bar = config.max_iters, None  # None: hidden unless stderr is a terminal
+        self.bar = tqdm(total=total, initial=first_step, bar_format=form, disable=hide_bar)
         for wanted, kind in ((config.wandb_log, Wandb), (config.tensorboard_log, TensorBoard)):
             name = kind.__name__.lower()
             if wanted and (tracker := self._try(name, kind, folder, config, first_step)):
@@ -55,11 +54,12 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print a line above the progress bar, if there is one."""
         if self.active:
-            say(line) if self.bar.disable else self.bar.write(line)
+            print_line = say if self.bar.disable else self.bar.write
+            print_line(line)
 
     def _try(self, name: str, function: Callable, *args) -> object:
-        """Call a function of a tracker. A tracker that fails, because it is not installed or not
-        logged in, say, is not called again, and training goes on."""
+        """Call a function of a tracker. Training goes on without one that fails, for example
+        because it is not installed or not logged in."""
         try:
             return function(*args)
         except Exception as error:
@@ -82,8 +82,8 @@ class RunLog:
         self._track("log", {k: v for k, v in row.items() if v is not None}, step)
         if "step_ms" in row and self.bar.disable:
             mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-            speed = f"{row['step_ms']:.1f} ms/step, {row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
-            say(f"step {step}: loss {loss:.4f}, {speed}")
+            rates = f"{row['step_ms']:.1f} ms/step, {row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
+            say(f"step {step}: loss {loss:.4f}, {rates}")
         elif "step_ms" in row:
             progress = f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s"
             self.bar.set_postfix_str(progress, refresh=False)
@@ -119,8 +119,9 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
-            for part in filter(None, (self.table, self.stats)):
-                part.close()
+            self.table.close()
+            if self.stats:
+                self.stats.close()
             self.bar.close()
             self._track("close")
 

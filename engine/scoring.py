@@ -127,27 +127,23 @@ def evaluate(model: GPT, task: Task, batch_size: int, rt: Runtime) -> dict:
     started = time.perf_counter()
     sums = score(model, task, batch_size, rt)
     nll, n_scored, hits, last_nll = (math.fsum(column) for column in zip(*sums, strict=True))
-    words, n_bytes = task.words, task.bytes
+    exp = lambda x: math.exp(x) if x < 700 else math.inf
     n_passages = len(task.windows) if task.stride is None else None
     return {
         "split": task.split,
         "stride": task.stride,
         "block_size": model.config.block_size,
         "tokens": int(n_scored),
-        "words": words,
-        "bytes": n_bytes,
+        "words": task.words,
+        "bytes": task.bytes,
         "loss": nll / n_scored,
-        "perplexity": safe_exp(nll / n_scored),
-        "word_perplexity": safe_exp(nll / words) if words else None,
-        "bits_per_byte": nll / math.log(2) / n_bytes if n_bytes else None,
+        "perplexity": exp(nll / n_scored),
+        "word_perplexity": exp(nll / task.words) if task.words else None,
+        "bits_per_byte": nll / math.log(2) / task.bytes if task.bytes else None,
         "last_word_accuracy": hits / n_passages if n_passages else None,
-        "last_word_perplexity": safe_exp(last_nll / n_passages) if n_passages else None,
+        "last_word_perplexity": exp(last_nll / n_passages) if n_passages else None,
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def safe_exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
 
 
 def strided(n_tokens: int, T: int, stride: int) -> list[Window]:
