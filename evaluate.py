@@ -7,20 +7,19 @@ Loss and perplexity of a trained model on every token of whole data sets.
     python evaluate.py eval_gpt2                            # with config/eval_gpt2.py
     torchrun --standalone --nproc_per_node=8 evaluate.py eval_gpt2
 
-Of each data set the test split is scored, or the validation split if there is no other. The table
+The test split of each data set is scored, or the validation split if there is no other. The table
 that is printed, and eval.json in out_dir, have these numbers:
 
     loss                  mean over the scored tokens of -ln p, in nats
     perplexity            exp(loss)
-    word_perplexity       exp(sum of -ln p / number of words); words are what white space separates
-                          in the text before any detokenizer has changed it. In WikiText and the
-                          Penn Treebank line ends count as words too, as they do in the papers
+    word_perplexity       exp(sum of -ln p / number of words); white space separates words, in the
+                          text as it was before any detokenizer. In WikiText and the Penn Treebank
+                          line ends count as words too, as they do in the papers
     bits_per_byte         sum of -log2 p / number of bytes of the text in UTF-8
     last_word_accuracy    share of passages of which every token of the last word is the likeliest
     last_word_perplexity  exp(mean over passages of the last word's -ln p)
 
-The last two are of data sets of passages such as LAMBADA, which have no word_perplexity and no
-bits_per_byte.
+The last two are of passages, as in LAMBADA, which have no word_perplexity and bits_per_byte.
 """
 
 import sys
@@ -30,7 +29,7 @@ from typing import Literal
 import configurator
 from configurator import UserError
 from engine import runtime
-from engine.loading import load_pretrained, load_run
+from engine.loading import load_trained
 from engine.scoring import run_evaluation
 
 
@@ -60,12 +59,9 @@ def main() -> None:
         raise UserError("eval_only=False, but evaluate.py can't train; run train.py instead")
     if config.datasets is None and config.init_from != "resume":
         raise UserError("datasets is not set; name some, e.g. --datasets=wikitext2,lambada")
-    overrides = {"dropout": 0.0, "attn_impl": config.attn_impl}
+    source = config.out_dir, config.checkpoint, config.init_from, config.data_dir
     with runtime.session(config.device, config.dtype, compile=False, backend=None) as rt:
-        if config.init_from == "resume":
-            trained = load_run(config.out_dir, config.checkpoint, config.data_dir, **overrides)
-        else:
-            trained = load_pretrained(config.init_from, **overrides)
+        trained = load_trained(*source, dropout=0.0, attn_impl=config.attn_impl)
         config.datasets = config.datasets or trained.dataset
         about = {"model": str(trained.source), "step": trained.step}
         model = trained.model.to(rt.device)

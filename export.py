@@ -7,9 +7,9 @@ Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and i
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
-transformers computes softmax attention only. If the model has another one, config.json names it
-(attn_type, pa_length, pa_length_power): transformers ignores these keys, but sample.py, train.py
-and evaluate.py read them and take the folder as --init_from=DIR.
+transformers computes softmax attention only. It ignores the keys of config.json that name another
+one (attn_type, pa_length, pa_length_power). train.py, sample.py and evaluate.py read them, and take
+the folder as --init_from=DIR.
 """
 
 import json
@@ -24,9 +24,9 @@ from torch import Tensor
 import configurator
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
-from engine.loading import load_run
+from engine.loading import load_trained
 from engine.lora import fold_lora
-from engine.pretrained import ATTENTION_ARGS, TRANSPOSED
+from engine.pretrained import ATTENTION_ARGS, SIZES, TRANSPOSED
 from model import GPTConfig
 
 
@@ -47,28 +47,23 @@ def to_hf(
 ) -> tuple[object, dict[str, Tensor]]:
     """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does.
 
-    `state` is the GPT's state dict without adapters (see lora.fold_lora). It is not changed, but
-    the result shares its memory where it can. Ids from `vocab_size` on, which only pad the
-    vocabulary, are cut off, since transformers would draw them. `eot` is the id of the end of text,
-    if there is one. Where the model has no biases, they are zeros.
+    `state` is the GPT's state dict without adapters (see lora.fold_lora), whose memory the result
+    shares where it can. Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since
+    transformers would draw them. `eot` is the id of the end of text, if there is one.
     """
     from transformers import GPT2Config
 
     vocab_size = vocab_size or config.vocab_size
+    args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
+    args |= {key: value for key, value in config.model_args().items() if key in ATTENTION_ARGS}
+    args |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     hf_config = GPT2Config(
         architectures=["GPT2LMHeadModel"],
-        vocab_size=vocab_size,
         n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
         activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
         bos_token_id=eot,
         eos_token_id=eot,
-        **{k: v for k, v in config.model_args().items() if k in ATTENTION_ARGS},
+        **args,
     )
     hf_state = {}
     for name, weight in state.items():
@@ -91,10 +86,8 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         # tiktoken checked their hashes when it built the tokenizer
-        files = {
-            "vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
-            "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
-        }
+        sources = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+        files = {name: read_file_cached(GPT2_URL + source) for name, source in sources.items()}
     else:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -107,11 +100,9 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
 
 
 def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None) -> None:
-    """Write GPT(config) with the weights `state` to the folder `to`, whole or not at all.
-
-    Without a tokenizer the vocabulary keeps its padding. Raises UserError if `to` can't be written,
-    or exists and is not an empty folder.
-    """
+    """Write GPT(config) with the weights `state` to the folder `to`, whole or not at all. Without a
+    tokenizer the vocabulary keeps its padding. Raises UserError if `to` can't be written, or exists
+    and is not an empty folder."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -136,10 +127,8 @@ def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenize
             to.rmdir()
         temporary.rename(to)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"to={to} can't be written ({reason}); choose another folder, or make room"
-        ) from error
+        reason = f"can't be written ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"to={to} {reason}; choose another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -148,22 +137,20 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if not config.to:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
-    trained = load_run(config.out_dir, config.checkpoint, config.data_dir)
-    model, path = trained.model, trained.source
+    trained = load_trained(config.out_dir, config.checkpoint, "resume", config.data_dir)
+    model, path, tokenizer = trained.model, trained.source, None
     if model.config.lora_rank and not config.merge:
         raise UserError(f"{path} has adapters; pass --merge to fold them into the weights")
-    tokenizer = trained.tokenizer() if trained.tokenizer_meta else None
-    if tokenizer is None:
+    if trained.tokenizer_meta:
+        tokenizer = trained.tokenizer()
+    else:
         print(f"{config.to} has no tokenizer: {trained.no_tokenizer}", file=sys.stderr)
-    state = fold_lora(model.state_dict(), model.config)
+    state, attn_type = fold_lora(model.state_dict(), model.config), model.config.attn_type
     write_folder(Path(config.to), state, model.config, tokenizer)
-    attn_type = model.config.attn_type
     if attn_type != "SM":
-        print(
-            f"warning: transformers would compute softmax with these weights, not {attn_type}; use "
-            f"the folder with this project only, e.g.  python sample.py --init_from={config.to}",
-            file=sys.stderr,
-        )
+        warning = f"transformers would compute softmax with these weights, not {attn_type}"
+        advice = "use the folder with this project only, e.g.  python sample.py --init_from="
+        print(f"warning: {warning}; {advice}{config.to}", file=sys.stderr)
     print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")
 
 

@@ -8,8 +8,8 @@ Draw text from a trained model: a run's checkpoint, or GPT-2.
     python sample.py --out_dir=OUT --temperature=0            # always the likeliest token
 
 A checkpoint holds its tokenizer, so the folder of the run is all that is needed. Texts go to
-stdout, and everything else goes to stderr. Each batch of texts is written when it is finished:
-Ctrl-C loses only the one that is being drawn. In a notebook:
+stdout, and everything else to stderr. Ctrl-C loses only the batch that is being drawn: each one is
+written when it is finished. In a notebook:
 
     from sample import load, generate
     model, tokenizer = load("OUT")
@@ -40,6 +40,8 @@ from engine.loading import check_utf8, encode_prompt, load
 from model import GPT
 
 RULER = "\n---------------"  # between texts
+# The keys that are arguments of `generate`
+DRAWING = "num_samples max_new_tokens temperature top_k top_p stop seed window_stride sample_batch"
 
 
 @dataclass
@@ -70,10 +72,6 @@ class Config:
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
 
 
-# ----------------------------------------------------------------------------
-# Texts
-
-
 def generate(
     model: GPT,
     tokenizer,
@@ -93,34 +91,27 @@ def generate(
 ) -> list[str]:
     """`num_samples` texts for each prompt, those of the first prompt first, each with its prompt.
 
-    The model draws them on its device. Sample i of a prompt depends on the seed and on i, not on
-    what else is drawn: in one batch or one at a time, the text is the same. `on_tokens` is called
-    with the ids (B,) of each step, `on_texts` with the texts of each batch when they are finished.
-    Raises UserError for a prompt that can't be encoded.
+    Sample i of a prompt depends on the seed and on i, not on what else is drawn: in one batch or
+    one at a time, the text is the same. `on_tokens` is called with the ids (B,) of each step, and
+    `on_texts` with the texts of each batch. Raises UserError for a prompt that can't be encoded.
     """
     device = next(model.parameters()).device
     encoded = [torch.as_tensor(encode_prompt(tokenizer, p), device=device) for p in prompts]
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "compile": compile}
+    # Ids beyond the tokenizer's vocabulary only pad the model's
+    options |= {"vocab_size": tokenizer.vocab_size, "window_stride": window_stride}
     jobs = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
     texts = []
     for first in range(0, len(jobs), sample_batch):
         batch = jobs[first : first + sample_batch]
+        of_batch = [encoded[p] for p, _ in batch]
+        if batch[0][0] == batch[-1][0]:  # one prompt: computed once for all its samples
+            of_batch = of_batch[:1]
+        copies = len(batch) // len(of_batch)
         uniforms = torch.stack([uniform(seed, s, max_new_tokens) for _, s in batch], dim=1)
-        shared = len({p for p, _ in batch}) == 1  # one prompt: computed once for all its samples
-        steps = stream(
-            model,
-            [encoded[batch[0][0]]] if shared else [encoded[p] for p, _ in batch],
-            num_samples=len(batch) if shared else 1,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            vocab_size=tokenizer.vocab_size,  # ids beyond it only pad the model's vocabulary
-            window_stride=window_stride,
-            uniforms=uniforms.to(device),
-            compile=compile,
-        )
+        options["uniforms"] = uniforms.to(device)
         drawn = []
-        for ids in steps:
+        for ids in stream(model, of_batch, copies, max_new_tokens, **options):
             drawn.append(ids)
             if on_tokens:
                 on_tokens(ids)
@@ -146,28 +137,20 @@ def uniform(seed: int, sample: int, n: int) -> Tensor:
     return torch.from_numpy(((bits + 1) / 2**24).astype("float32"))
 
 
-# ----------------------------------------------------------------------------
-# The script
-
-
 def read_prompts(start: str) -> list[str]:
     """The prompt `start`, or the prompts in the file or folder that it names."""
     kind, _, name = start.partition(":")
     if kind not in ("FILE", "LINES", "FILES"):
         return [start]
-    path = Path(name)
-    paths = sorted(p for p in path.glob("*") if p.is_file()) if kind == "FILES" else [path]
-    texts = []
+    paths, texts = [Path(name)], []
+    if kind == "FILES":
+        paths = sorted(path for path in Path(name).glob("*") if path.is_file())
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_text(encoding="utf-8", errors="surrogateescape"))
         except OSError as error:
             raise UserError(f"prompt file {path} can't be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"prompt file {path} is not UTF-8 text, from byte {error.start + 1} on; convert it "
-                f"with  iconv -f latin1 -t utf-8 {path} > NEW.txt"
-            ) from error
+        check_utf8(texts[-1], f"prompt file {path}")
     if kind == "LINES":
         texts = [line for line in texts[0].splitlines() if line]
     if not texts:
@@ -184,7 +167,14 @@ class Live:
 
     def add(self, ids: Tensor) -> None:
         self.ids += ids.tolist()
-        self.show(settled(self.tokenizer.decode(self.ids), self.stop))
+        text, stop = self.tokenizer.decode(self.ids), self.stop or ""
+        if stop and stop in text:
+            text = text.split(stop)[0]
+        else:
+            text = text.rstrip("\ufffd")  # a token may hold some bytes of a character only
+            begun = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text = text[: len(text) - begun]
+        self.show(text)
 
     def show(self, text: str) -> None:
         """Print what is new in `text`, which begins with all that was printed."""
@@ -192,26 +182,15 @@ class Live:
         self.n_printed = max(self.n_printed, len(text))
 
 
-def settled(text: str, stop: str | None) -> str:
-    """`text` up to `stop`, or without an end that may be part of a character or of `stop`."""
-    if stop and stop in text:
-        return text.split(stop)[0]
-    text = text.rstrip("\ufffd")  # a token may hold some bytes of a character only
-    begun = (n for n in range(len(stop or ""), 0, -1) if text.endswith(stop[:n]))
-    return text[: len(text) - next(begun, 0)]
-
-
 class Output:
-    """Shows what is being drawn, and writes each batch of texts when it is finished.
-
-    A single text for a terminal appears there token by token; else a bar counts the tokens.
-    """
+    """Writes each batch of texts when it is finished. Meanwhile a bar counts the tokens, but a
+    single text for a terminal appears there token by token."""
 
     def __init__(self, config: Config, prompts: list[str], tokenizer):
         self.config, self.prompts = config, prompts
         self.n_tokens, self.n_texts = 0, 0  # drawn, and written, so far
-        self.total = len(prompts) * config.num_samples
-        self.live = None
+        self.total, self.live = len(prompts) * config.num_samples, None
+        self.interrupt = runtime.Interrupt()
         if self.total == 1 and config.out is None and sys.stdout.isatty():
             self.live = Live(tokenizer, config.stop)
             print(prompts[0], end="", flush=True)
@@ -224,6 +203,8 @@ class Output:
         self.bar.update(len(ids))
         if self.live:
             self.live.add(ids)
+        if self.interrupt.signal:  # checked here, so that no batch is written in part
+            raise KeyboardInterrupt
 
     def add_texts(self, texts: list[str]) -> None:
         self.bar.clear()
@@ -237,7 +218,7 @@ class Output:
         self.n_texts += len(texts)
 
     def write(self, texts: list[str]) -> None:
-        """Write a batch to the file `out`: the first one replaces it, and others join it."""
+        """Write a batch to the file `out`, which the first one replaces."""
         path, n = Path(self.config.out), self.config.num_samples
         lines = [text + RULER for text in texts]
         if path.suffix == ".jsonl":
@@ -264,60 +245,29 @@ def main() -> None:
     check_utf8(config.stop or "", "stop")
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
-    model, tokenizer = load(
-        config.out_dir,
-        config.checkpoint,
-        config.init_from,
-        config.data_dir,
-        attn_impl=config.attn_impl,
-    )
+    source = config.out_dir, config.checkpoint, config.init_from, config.data_dir
+    model, tokenizer = load(*source, attn_impl=config.attn_impl)
     model.to(rt.device, getattr(torch, rt.dtype))  # the weights are cast once, not at each step
-    block_size = model.config.block_size
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    if longest > block_size:
-        print(
-            f"a prompt has {longest} tokens: the model sees only the last {block_size} of them "
-            "(block_size)",
-            file=sys.stderr,
-        )
+    if longest > model.config.block_size:
+        seen = f"the model sees only the last {model.config.block_size} of them (block_size)"
+        print(f"a prompt has {longest} tokens: {seen}", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     output = Output(config, prompts, tokenizer)
-
     started = time.perf_counter()
-    with runtime.Interrupt() as interrupt, suppress(KeyboardInterrupt):
-
-        def on_tokens(ids: Tensor) -> None:
-            output.add_tokens(ids)
-            if interrupt.signal:  # here, so that no batch is written in part
-                raise KeyboardInterrupt
-
-        generate(
-            model,
-            tokenizer,
-            prompts,
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop=config.stop,
-            seed=config.seed,
-            window_stride=config.window_stride,
-            sample_batch=config.sample_batch,
-            compile=rt.compile,
-            on_tokens=on_tokens,
-            on_texts=output.add_texts,
-        )
+    with output.interrupt, suppress(KeyboardInterrupt):
+        options = {key: getattr(config, key) for key in DRAWING.split()}
+        options |= {"on_tokens": output.add_tokens, "on_texts": output.add_texts}
+        generate(model, tokenizer, prompts, compile=rt.compile, **options)
     output.bar.close()
-    if interrupt.signal:
+    if output.interrupt.signal:
         if output.live:
             print()
         print(f"stopped: {output.n_texts} of {output.total} texts are written", file=sys.stderr)
-        sys.exit(128 + interrupt.signal)
+        sys.exit(128 + output.interrupt.signal)
     rt.synchronize()
-    seconds = time.perf_counter() - started
-    n = output.n_tokens
-    print(f"{n:,} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+    speed = output.n_tokens / (time.perf_counter() - started)
+    print(f"{output.n_tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """
 Token files in memory, and batches that depend on nothing but their numbers.
 
-Which tokens a batch holds is a pure function of seed, split, step and micro-step: there is no
-random state to save. A resumed run sees the batches that it would have seen without the
-interruption, the number of processes may change between runs, and evaluating more often changes
-nothing. data/meta.py describes the files.
+Which tokens a batch holds is a pure function of seed, split, step and micro-step. So a resumed run
+sees the batches that it would have seen without the interruption, the number of processes may
+change between runs, and evaluating more often changes nothing. data/meta.py describes the files.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from data.meta import DATA_DIR, data_folder, held_splits, known_datasets, read_meta
+from data.meta import DATA_DIR, data_folder, held_splits, known_datasets, read_meta, tokenizer_of
 
 SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
 PIECE = 2**20  # bytes in each of the 1024 samples of a larger file that are hashed
@@ -35,11 +34,8 @@ class Purpose(IntEnum):
 
 
 def random_bits(seed: int, purpose: Purpose, step: int, micro_step: int, n: int) -> np.ndarray:
-    """n random uint64 that depend on nothing but the arguments.
-
-    They come from Philox, a counter-based generator (Salmon et al. 2011), as raw bits, which numpy
-    promises never to change between versions.
-    """
+    """n random uint64 that depend on nothing but the arguments: the raw bits, which numpy promises
+    never to change, of Philox, a counter-based generator (Salmon et al. 2011)."""
     return np.random.Philox(key=[seed, purpose], counter=[0, 0, micro_step, step]).random_raw(n)
 
 
@@ -52,8 +48,8 @@ class Dataset:
     """The token files of one data set; `tokens` maps each of `splits` to its checked file.
 
     `meta` is what meta.json says, `tokenizer` the part of it that a checkpoint keeps; every id is
-    below `vocab_size`. Raises UserError if the folder, a file or the metadata is missing, damaged
-    or contradicts itself, and if the data set lacks one of the splits.
+    below `vocab_size`. Raises UserError if the folder, a split or the metadata is missing, damaged
+    or contradicts itself.
     """
 
     def __init__(
@@ -62,11 +58,10 @@ class Dataset:
         data_dir: str | Path | None = None,
         splits: Sequence[str] = ("train", "val"),
     ):
-        self.folder = data_folder(name, data_dir)
-        self.name = name
+        self.name, self.folder = name, data_folder(name, data_dir)
         known = (DATA_DIR / name / "prepare.py").is_file()
-        script = f"data/{name if known else 'char'}/prepare.py"
-        self.repair = f"python {script}" + ("" if known else " --input YOUR.txt")
+        command = f"{name}/prepare.py" if known else "char/prepare.py --input YOUR.txt"
+        self.repair = f"python data/{command}"
         if data_dir or not known:
             self.repair += f" --out {os.path.relpath(self.folder)}"
         if not known and not self.folder.is_dir():
@@ -75,9 +70,7 @@ class Dataset:
                 f"own text with  {self.repair}"
             )
         self.meta = read_meta(self.folder)
-        self.vocab_size = self.meta["vocab_size"]
-        keys = "tokenizer", "chars", "strings"
-        self.tokenizer = {key: self.meta[key] for key in keys if key in self.meta}
+        self.vocab_size, self.tokenizer = self.meta["vocab_size"], tokenizer_of(self.meta)
         held = held_splits(self.folder)
         if held == ("test",) and "train" in splits:
             raise UserError(f"dataset={name} is for evaluation only; choose another --dataset")
@@ -97,50 +90,40 @@ class Dataset:
         size, expected = path.stat().st_size, self.meta.get(f"{split}_tokens")
         if size == 0 or size % dtype.itemsize or expected not in (None, size // dtype.itemsize):
             wanted = "" if expected is None else f", {expected * dtype.itemsize:,} in meta.json"
-            raise UserError(
-                f"{path} is damaged: {size:,} bytes{wanted}; prepare it again with  {self.repair}"
-            )
+            raise self._damage(split, f"is damaged: {size:,} bytes{wanted}")
         tokens = np.memmap(path, dtype=dtype, mode="r")
         if size <= SCAN_LIMIT:
             self._check_ids(tokens, split)
         if len(tokens) > TAIL and not tokens[-TAIL:].any():
-            raise UserError(
-                f"{path} ends in zeros, so its writing was interrupted; prepare it again with  "
-                f"{self.repair}"
-            )
+            raise self._damage(split, "ends in zeros, so its writing was interrupted")
         return tokens
 
-    def fingerprint(self) -> dict[str, str]:
-        """The SHA-256 of each split's bytes.
+    def _damage(self, split: str, what: str, this_rank: bool = False) -> UserError:
+        text = f"{self.folder / split}.bin {what}; prepare it again with  {self.repair}"
+        return UserError(text, this_rank)
 
-        For a file larger than SCAN_LIMIT it covers the size and 1024 samples. Raises UserError if
-        the SHA-256 of a whole file is not the one in meta.json.
-        """
+    def _check_ids(self, tokens: np.ndarray, split: str) -> None:
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            what = f"holds token id {largest}, but vocab_size is {self.vocab_size}"
+            raise self._damage(split, what, this_rank=True)  # other ranks' batches may be good
+
+    def fingerprint(self) -> dict[str, str]:
+        """The SHA-256 of each split's bytes; for a file larger than SCAN_LIMIT, that of its size
+        and 1024 samples. Raises UserError if meta.json gives another one for a whole file."""
         digests = {}
         for split, tokens in self.tokens.items():
-            data = tokens.view(np.uint8)
-            sha256, expected = hashlib.sha256(), self.meta.get(f"{split}_sha256")
+            data, sha256 = tokens.view(np.uint8), hashlib.sha256()
             if data.nbytes <= SCAN_LIMIT:
                 sha256.update(data)
-                if expected not in (None, sha256.hexdigest()):
-                    raise UserError(
-                        f"{self.folder / split}.bin is not the file that meta.json describes (its "
-                        f"SHA-256 differs); prepare it again with  {self.repair}"
-                    )
+                if self.meta.get(f"{split}_sha256") not in (None, sha256.hexdigest()):
+                    what = "is not the file that meta.json describes (its SHA-256 differs)"
+                    raise self._damage(split, what)
             else:
                 sha256.update(str(data.nbytes).encode())
                 for start in np.linspace(0, data.nbytes - PIECE, 1024, dtype=np.int64):
                     sha256.update(data[start : start + PIECE])
             digests[split] = sha256.hexdigest()
         return digests
-
-    def _check_ids(self, tokens: np.ndarray, split: str) -> None:
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            raise UserError(
-                f"{self.folder / split}.bin holds token id {largest}, but vocab_size is "
-                f"{self.vocab_size}; prepare it again with  {self.repair}",
-                this_rank=True,  # the batches of other ranks may be good
-            )
 
     def check_length(self, block_size: int) -> None:
         """Raise UserError if the shortest split has no room for one sequence and its targets."""
@@ -156,10 +139,8 @@ class Dataset:
             )
 
     def check_model(self, vocab_size: int, tokenizer: dict | None, model: object) -> None:
-        """Raise UserError if these tokens are not for a model with this vocabulary and tokenizer.
-
-        `model` names it in the message; the tokenizer may be None, for unknown.
-        """
+        """Raise UserError if the tokens are not for a model with this vocabulary and tokenizer
+        (None: not known). `model` names it in the message."""
         if tokenizer and self.tokenizer and tokenizer != self.tokenizer:
             raise UserError(
                 f"data set {self.name} is not tokenized as {model} was; prepare it with the same "
@@ -187,8 +168,8 @@ class Dataset:
 class Batches:
     """The batches of one rank in the order of training, each loaded while the device works.
 
-    `load(step, micro_step)` returns inputs and targets (B, T) on the device. `next` is the batch to
-    use now, None after the last one; call `advance` once the device has work, to load another.
+    `next` is the one to use now, what load(step, micro_step) returned, or None after the last one.
+    Call `advance` once the device has work, to load another.
     """
 
     def __init__(self, load: Callable, micro_steps: range, first_step: int, last_step: int):

@@ -3,9 +3,8 @@ The folder of a data set, its metadata and its splits; it can be read without to
 
 A data set is a folder data/NAME with train.bin and val.bin, raw little-endian token ids, and
 meta.json: vocab_size, dtype, tokenizer (with its chars or strings, if it has any), lengths, SHA-256
-and source. Some data sets also have test.bin, or only test.bin: these are for evaluation.
-nanoGPT's folders are read too. Without metadata the tokens are GPT-2's in uint16; a meta.pkl is
-read by an unpickler that builds nothing but plain containers, strings and numbers.
+and source. Some also have test.bin, or only that: it is for evaluation. nanoGPT's folders are read
+too, with a meta.pkl in place of meta.json, or neither.
 """
 
 import io
@@ -45,10 +44,8 @@ def held_splits(folder: Path) -> tuple[str, ...]:
 
 
 def read_meta(folder: Path) -> dict:
-    """The metadata of a data set, from meta.json or nanoGPT's meta.pkl, or GPT-2's without either.
-
-    Raises UserError for a file that cannot be read or contradicts itself.
-    """
+    """The metadata of a data set. Raises UserError for a file that cannot be read or contradicts
+    itself."""
     if (path := folder / "meta.json").is_file():
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +57,7 @@ def read_meta(folder: Path) -> dict:
         meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
     meta = meta if isinstance(meta, dict) else {}
     limit = {"uint16": 2**16, "uint32": 2**32}.get(str(meta.get("dtype")), 0)
-    vocab_size = meta.get("vocab_size")
+    vocab_size, fits = meta.get("vocab_size"), meta.get("tokenizer") is None
     if not (type(vocab_size) is int and 0 < vocab_size <= limit):
         raise UserError(f"{path} needs a dtype (uint16 or uint32) and a vocab_size that fits it")
     for split, unit in itertools.product(SPLITS, UNITS):
@@ -69,30 +66,29 @@ def read_meta(folder: Path) -> dict:
     match meta:
         case {"tokenizer": "gpt2"}:
             fits = vocab_size == 50257
-        case {"tokenizer": "char", "chars": str(tokens)} | {
-            "tokenizer": "strings",
-            "strings": list(tokens),
-        }:
+        case {"tokenizer": "char", "chars": str(tokens)}:
             fits = 0 < len(tokens) <= vocab_size  # the ids from len(tokens) on may be unused
-        case _:
-            fits = meta.get("tokenizer") is None
+        case {"tokenizer": "strings", "strings": list(tokens)}:
+            fits = 0 < len(tokens) <= vocab_size
     if not fits:
         raise UserError(f"{path} has a tokenizer that does not fit its vocab_size={vocab_size}")
     return meta
 
 
-def read_meta_pickle(path: Path) -> dict:
-    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run.
+def tokenizer_of(meta: dict) -> dict:
+    """The part of the metadata that describes the tokenizer; checkpoints keep it."""
+    return {key: meta[key] for key in ("tokenizer", "chars", "strings") if key in meta}
 
-    Single characters make a character-level tokenizer, longer tokens one of strings. Tokens that
-    are no strings make none, which is enough for training.
-    """
+
+def read_meta_pickle(path: Path) -> dict:
+    """nanoGPT's meta.pkl (vocab_size, itos, stoi) as a meta.json; nothing in it is run. Tokens that
+    are no strings make no tokenizer, which is enough for training."""
     try:
         old = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         meta = {"vocab_size": old["vocab_size"], "dtype": "uint16"}
         itos = old.get("itos") or {}
         itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        strings = [itos.get(i) for i in range(min(len(itos), old["vocab_size"]))]
+        strings = [itos.get(i) for i in range(min(len(itos), meta["vocab_size"]))]
     except Exception as error:  # a pickle can fail in any way
         raise UserError(f"{path} is not a plain meta.pkl of nanoGPT: {error}") from error
     if not strings or not all(isinstance(string, str) for string in strings):
@@ -103,10 +99,8 @@ def read_meta_pickle(path: Path) -> dict:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that imports nothing and calls nothing but the stand-ins made here.
-
-    They turn the scalars of numpy into Python's, which is all that they can build.
-    """
+    """An unpickler that imports nothing and calls nothing but the stand-ins made here: all that
+    they can build is Python's scalars, from those of numpy."""
 
     def find_class(self, module: str, name: str) -> Callable:
         class Dtype:

@@ -1,9 +1,8 @@
 """
 Tokenizers: characters, strings of any length, and GPT-2's byte pairs.
 
-Each has vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): a short description that
-meta.json and every checkpoint keep, so that a checkpoint alone is enough to sample. `from_meta`
-builds the tokenizer from it again.
+Each has vocab_size, encode(text) -> ids, decode(ids) -> text, and meta(): a description that
+meta.json and every checkpoint keep, and from which `from_meta` builds the tokenizer again.
 """
 
 import hashlib
@@ -63,10 +62,8 @@ class StringTokenizer:
         self._lengths = sorted({len(string) for string in self._ids}, reverse=True)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int64 (n,), by the longest string that matches at each place.
-
-        Raises UserError where no string matches.
-        """
+        """The ids of `text`, int64 (n,), by the longest string that matches at each place. Raises
+        UserError where none does."""
         ids, start = [], 0
         while start < len(text):
             candidates = (text[start : start + length] for length in self._lengths)
@@ -81,7 +78,6 @@ class StringTokenizer:
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The strings of `ids`, joined. Raises IndexError for an id from vocab_size on."""
         return "".join(self.strings[i] for i in ids)
 
     def meta(self) -> dict:
@@ -89,23 +85,35 @@ class StringTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's released models.
-
-    Raises UserError if tiktoken is not installed or its two vocabulary files cannot be loaded.
-    """
+    """GPT-2's byte-pair encoding by tiktoken, with the ids of OpenAI's models. Raises UserError if
+    tiktoken is not installed, or its two vocabulary files cannot be loaded."""
 
     vocab_size = 50257
     eot = 50256  # the id of END_OF_TEXT
     chars_per_token = 4  # about, in English
 
     def __init__(self):
-        self._encoding = _load_gpt2_encoding()
+        cache, vocab_url = os.environ.get("TIKTOKEN_CACHE_DIR"), GPT2_URL + "vocab.bpe"
+        folder = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
+        try:
+            import tiktoken
+
+            from engine.network import reachable  # imports urllib
+
+            cached = (folder / hashlib.sha1(vocab_url.encode()).hexdigest()).is_file()
+            if not cached and not reachable(vocab_url):  # tiktoken would try for minutes
+                raise ConnectionError("no network")
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # of tiktoken, requests, urllib, or the file system
+            raise UserError(
+                f"GPT-2's tokenizer is not in {folder} (TIKTOKEN_CACHE_DIR is "
+                f"{cache or 'not set'}), and cannot be downloaded ({type(error).__name__}); copy "
+                "that folder from a machine that has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
+            ) from error
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`.
-
-        Threads encode in parallel, because tiktoken releases the interpreter's lock.
-        """
+        """The ids of `text`, int64 (n,); END_OF_TEXT in it becomes `eot`. Threads encode in
+        parallel, because tiktoken releases the interpreter's lock."""
         text = text.encode("utf-8", "replace").decode()  # tiktoken fails on lone surrogates
         return self._encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.int64)
 
@@ -117,34 +125,32 @@ class GPT2Tokenizer:
         return {"tokenizer": "gpt2"}
 
 
-def from_meta(meta: dict) -> CharTokenizer | StringTokenizer | GPT2Tokenizer:
+Tokenizer = CharTokenizer | StringTokenizer | GPT2Tokenizer
+
+
+def from_meta(meta: dict) -> Tokenizer:
     """The tokenizer that meta.json or a checkpoint describes. Raises UserError for any other."""
-    if isinstance(meta, dict) and meta.get("tokenizer") is None:
-        raise UserError(
-            "no tokenizer is described, only token ids, which cannot be turned into text; add the "
-            "strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
-        )
     match meta:
         case {"tokenizer": "gpt2"}:
             return GPT2Tokenizer()
         case {"tokenizer": "char", "chars": str(chars)} if 0 < len(chars) == len(set(chars)):
             return CharTokenizer(chars)
-        case {"tokenizer": "strings", "strings": [_, *_] as strings} if all(
-            isinstance(string, str) for string in strings
-        ):
+        case {"tokenizer": "strings", "strings": list(strings)} if {*map(type, strings)} == {str}:
             return StringTokenizer(strings)
+        case dict() if meta.get("tokenizer") is None:
+            raise UserError(
+                "no tokenizer is described, only token ids, which cannot be turned into text; add "
+                "the strings of the tokens as itos to the meta.pkl of the data set in data/NAME"
+            )
     raise UserError(
-        f"no tokenizer is described by {_short(meta)}; "
-        "allowed are 'gpt2', 'char' with its chars, each once, and 'strings' with its strings: "
-        "prepare the data again"
+        f"no tokenizer is described by {_short(meta)}; prepare the data again: allowed are 'gpt2', "
+        "'char' with its chars, each once, and 'strings' with its strings"
     )
 
 
 def meta_of_folder(folder: str | Path) -> dict:
-    """The description of the tokenizer of a model in transformers' format.
-
-    export.py writes one into the folder; without it the tokenizer is GPT-2's.
-    """
+    """The description of the tokenizer of a model in transformers' format: the one that export.py
+    has written into the folder, or else GPT-2's."""
     try:
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
         return config["meta"]
@@ -159,24 +165,3 @@ def code_points(text: str) -> np.ndarray:
 def _short(value: object, limit: int = 100) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _load_gpt2_encoding():
-    vocab_url = GPT2_URL + "vocab.bpe"
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-    folder = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    try:
-        import tiktoken
-
-        from engine.network import reachable  # imports urllib
-
-        if not (Path(folder) / hashlib.sha1(vocab_url.encode()).hexdigest()).is_file():
-            if not reachable(vocab_url):  # tiktoken would try for minutes
-                raise ConnectionError("no network")
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # of tiktoken, requests, urllib, or the file system
-        raise UserError(
-            f"GPT-2's tokenizer is not in {folder} (TIKTOKEN_CACHE_DIR is {cache or 'not set'}), "
-            f"and cannot be downloaded ({type(error).__name__}); copy that folder from a machine "
-            "that has it, and set TIKTOKEN_CACHE_DIR=FOLDER"
-        ) from error

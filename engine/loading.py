@@ -3,12 +3,13 @@ A trained model and its tokenizer: of a run, of GPT-2, or of a folder in transfo
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError
-from data.meta import DATA_DIR, data_folder, read_meta
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_meta, meta_of_folder
+from data.meta import DATA_DIR, data_folder, read_meta, tokenizer_of
+from data.tokenizer import Tokenizer, from_meta, meta_of_folder
 from engine import checkpoint as ckpt
 from model import GPT
 
@@ -24,7 +25,7 @@ class Trained:
     step: int | None = None  # updates that the run has done
     no_tokenizer: str = ""  # why the tokenizer is not known, and how to repair that
 
-    def tokenizer(self) -> CharTokenizer | GPT2Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Raises UserError if the tokenizer is not known, has ids that the model does not know, or
         is GPT-2's and not on this machine."""
         if self.no_tokenizer:
@@ -39,14 +40,37 @@ class Trained:
         return tokenizer
 
 
-def load_run(
-    out_dir: str | Path,
+def load(
+    out_dir: str | Path = "out",
     checkpoint: str = ckpt.LATEST,
+    init_from: str = "resume",
     data_dir: str | Path | None = None,
     **overrides,
+) -> tuple[GPT, Tokenizer]:
+    """A model to draw text from, on the CPU and in eval mode, and its tokenizer; the arguments are
+    those of load_trained. Raises UserError if either can't be had."""
+    if init_from != "resume":
+        from_meta(meta_of_folder(init_from))  # fails sooner than the weights are read
+    overrides = {"dropout": 0.0, **overrides}
+    trained = load_trained(out_dir, checkpoint, init_from, data_dir, **overrides)
+    return trained.model, trained.tokenizer()
+
+
+def load_trained(
+    out_dir: str | Path, checkpoint: str, init_from: str, data_dir: str | Path | None, **overrides
 ) -> Trained:
-    """The model of a run's checkpoint. `data_dir` holds the data sets, which know the tokenizers of
-    nanoGPT's checkpoints; `overrides` are fields of GPTConfig such as attn_impl."""
+    """The model of a checkpoint in `out_dir`, or what GPT.from_pretrained makes of `init_from`.
+
+    `data_dir` holds the data sets, which know the tokenizers of nanoGPT's checkpoints. `overrides`
+    are fields of GPTConfig such as attn_impl.
+    """
+    if init_from != "resume":
+        try:
+            model = GPT.from_pretrained(init_from, overrides).eval()
+        except (OSError, ValueError) as error:
+            allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
+            raise UserError(f"{error}; init_from is {allowed}") from error
+        return Trained(model, init_from, meta_of_folder(init_from))
     if Path(checkpoint).name != checkpoint:
         raise UserError(f"checkpoint={checkpoint!r} must be a file name inside out_dir")
     path = Path(out_dir) / checkpoint
@@ -63,65 +87,34 @@ def load_run(
 
 
 def meta_of_dataset(name: str, data_dir: str | Path | None, vocab_size: int) -> dict:
-    """What describes the tokenizer of a data set, for a model that knows vocab_size ids. Raises
-    UserError if its folder does not say, or describes one with more ids."""
+    """What describes the tokenizer of a data set, for a model that knows vocab_size ids."""
     folder = data_folder(name, data_dir)
     meta = read_meta(folder)
     if meta.get("tokenizer") and meta["vocab_size"] <= vocab_size:
-        return {key: meta[key] for key in ("tokenizer", "chars") if key in meta}
+        return tokenizer_of(meta)
     shown = os.path.relpath(folder)
-    repair = f"put its meta.pkl into {shown}"
-    if (DATA_DIR / name / "prepare.py").is_file():
-        out = f" --out {shown}" if data_dir else ""
-        repair = f"run  python data/{name}/prepare.py{out}"
+    lacks, repair = f"no tokenizer of at most {vocab_size} ids", f"put its meta.pkl into {shown}"
+    if meta.get("tokenizer") is None:
+        lacks, repair = "only token ids", "add the strings of the tokens to its meta.pkl as itos"
+    elif (DATA_DIR / name / "prepare.py").is_file():
+        repair = f"run  python data/{name}/prepare.py" + (f" --out {shown}" if data_dir else "")
     raise UserError(
-        f"it was trained on data set {name}, and {shown} has no tokenizer of at most {vocab_size} "
-        f"ids; {repair}, or pass --data_dir=FOLDER if there is a FOLDER/{name}/meta.pkl"
+        f"it was trained on data set {name}, and {shown} has {lacks}; {repair}, or pass "
+        f"--data_dir=FOLDER if there is a FOLDER/{name}/meta.pkl"
     )
 
 
-def load_pretrained(name: str, **overrides) -> Trained:
-    """GPT-2, or a model in transformers' format: see GPT.from_pretrained."""
-    try:
-        model = GPT.from_pretrained(name, overrides).eval()
-    except (OSError, ValueError) as error:
-        allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
-        raise UserError(f"{error}; init_from is {allowed}") from error
-    return Trained(model, name, meta_of_folder(name))
-
-
-def load(
-    out_dir: str | Path = "out",
-    checkpoint: str = ckpt.LATEST,
-    init_from: str = "resume",
-    data_dir: str | Path | None = None,
-    **overrides,
-) -> tuple[GPT, CharTokenizer | GPT2Tokenizer]:
-    """A model to draw text from, on the CPU and in eval mode, and its tokenizer.
-
-    `init_from` is "resume" for the run in `out_dir`, or else what GPT.from_pretrained takes.
-    `data_dir` and `overrides` are those of load_run. Raises UserError if either is missing.
-    """
-    overrides = {"dropout": 0.0, **overrides}
-    if init_from == "resume":
-        trained = load_run(out_dir, checkpoint, data_dir, **overrides)
-    else:
-        from_meta(meta_of_folder(init_from))  # fails sooner than the weights are read
-        trained = load_pretrained(init_from, **overrides)
-    return trained.model, trained.tokenizer()
-
-
-def encode_prompt(tokenizer: CharTokenizer | GPT2Tokenizer, prompt: str):
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Sequence[int]:
     """The ids of a prompt. An empty prompt stands for the beginning of a document: GPT-2's end of
     text, or a newline. Raises UserError for text that the tokenizer can't encode."""
     check_utf8(prompt, "the prompt")
-    if prompt:
-        return tokenizer.encode(prompt)
-    if hasattr(tokenizer, "eot"):
+    if not prompt and hasattr(tokenizer, "eot"):
         return [tokenizer.eot]
     try:
-        return tokenizer.encode("\n")
+        return tokenizer.encode(prompt or "\n")
     except UserError as error:
+        if prompt:
+            raise
         raise UserError(
             "the prompt is empty, and this tokenizer has no newline to begin with; pass some text, "
             'e.g. --start="The"'
@@ -129,11 +122,11 @@ def encode_prompt(tokenizer: CharTokenizer | GPT2Tokenizer, prompt: str):
 
 
 def check_utf8(text: str, name: str) -> None:
-    """Raise UserError if `text`, from the command line, was bytes that are not UTF-8."""
+    """Raise UserError if `text` has lone surrogates, in place of bytes that are not UTF-8."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # Python has put lone surrogates in their place
+    except UnicodeEncodeError as error:
         raise UserError(
             f"{name} is not UTF-8 text, from character {error.start + 1} on; convert it first, "
-            'e.g. with  --start="$(iconv -f latin1 -t utf-8 prompt.txt)"'
+            "e.g. with  iconv -f latin1 -t utf-8 OLD.txt > NEW.txt"
         ) from error

@@ -4,11 +4,12 @@ The log of a run: log.csv, stats.csv, the terminal, Weights & Biases and TensorB
 
 import csv
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+
+from tqdm import tqdm
 
 from engine import ranges
 from engine.files import read_rows, whole_file
@@ -17,14 +18,13 @@ from engine.start import tokens_per_step
 
 
 class RunLog:
-    """log.csv, stats.csv, the terminal and trackers. Only the main process writes.
+    """The log of a run, which only the main process writes.
 
     A row of log.csv: step (updates done); tokens seen; train_loss of that step's batches (mean over
     micro-steps and ranks), or distill_loss while attention is matched; val_loss and eval_train_loss
     where an evaluation was due; grad_norm of that step before clipping; lr; step_ms, tokens_per_s
-    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory that the
-    process has held (MiB; of the GPU if there is one); and the seconds spent in training steps so
-    far. The columns of stats.csv are in ranges.COLUMNS.
+    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory held so far
+    (of the GPU if there is one); seconds in training steps so far. stats.csv has ranges.COLUMNS.
     """
 
     COLUMNS = (
@@ -34,7 +34,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config, rt, first_step: int):
         self.active, self.config, self.folder = rt.is_main, config, folder
-        self.bar, self.stats, self.trackers = None, None, {}
+        self.stats, self.trackers = None, {}
         if not self.active:
             return
         self.table = Table(folder / "log.csv", self.COLUMNS, first_step)
@@ -42,39 +42,35 @@ class RunLog:
         # Rows that are newer than the checkpoint go, even if no more are to come
         if config.stats_interval or (folder / "stats.csv").exists():
             self.stats = Table(folder / "stats.csv", ranges.COLUMNS, first_step)
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            # Without steps/s, which tokens/s imply, the line of a long run fits in 80 columns
-            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=config.max_iters, initial=first_step, bar_format=form)
+        # Without steps/s, which tokens/s imply, the line of a long run fits in 80 columns
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        total, hide_bar = config.max_iters, None  # None: hidden unless stderr is a terminal
+        self.bar = tqdm(total=total, initial=first_step, bar_format=form, disable=hide_bar)
         for wanted, kind in ((config.wandb_log, Wandb), (config.tensorboard_log, TensorBoard)):
             name = kind.__name__.lower()
-            try:
-                if wanted:
-                    self.trackers[name] = kind(folder, config, first_step)
-            except Exception as error:  # not installed or not logged in: training goes on
-                self._drop(name, error)
+            if wanted and (tracker := self._try(name, kind, folder, config, first_step)):
+                self.trackers[name] = tracker
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar, if there is one."""
-        if self.active and self.bar is not None:
-            self.bar.write(line)
-        elif self.active:
-            say(line)
+        if self.active:
+            print_line = say if self.bar.disable else self.bar.write
+            print_line(line)
 
-    def _drop(self, name: str, error: Exception) -> None:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self.say(f"{name} is off: {reason}")
-        self.trackers.pop(name, None)
+    def _try(self, name: str, function: Callable, *args) -> object:
+        """Call a function of a tracker. Training goes on without one that fails, for example
+        because it is not installed or not logged in."""
+        try:
+            return function(*args)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.say(f"{name} is off: {reason}")
+            self.trackers.pop(name, None)
 
     def _track(self, method: str, *args) -> None:
-        """Call a method of each tracker. A tracker that fails is not called again."""
+        """Call a method of each tracker."""
         for name, tracker in list(self.trackers.items()):
-            try:
-                getattr(tracker, method)(*args)
-            except Exception as error:
-                self._drop(name, error)
+            self._try(name, getattr(tracker, method), *args)
 
     def write(self, **row) -> None:
         """Add a row. Its `window_seconds`, those since the last row, are added to `seconds`."""
@@ -82,12 +78,19 @@ class RunLog:
             return
         row["seconds"] = self.seconds = self.seconds + row.pop("window_seconds", 0.0)
         self.table.write([row])
-        self._track("log", {k: v for k, v in row.items() if v is not None}, row["step"])
-        if "step_ms" in row:
-            self._show_progress(row)
+        step, loss = row["step"], row.get("distill_loss", row.get("train_loss"))
+        self._track("log", {k: v for k, v in row.items() if v is not None}, step)
+        if "step_ms" in row and self.bar.disable:
+            mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            rates = f"{row['step_ms']:.1f} ms/step, {row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
+            say(f"step {step}: loss {loss:.4f}, {rates}")
+        elif "step_ms" in row:
+            progress = f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s"
+            self.bar.set_postfix_str(progress, refresh=False)
+            self.bar.update(step - self.bar.n)
         if "val_loss" in row:
             losses = f"train loss {row['eval_train_loss']:.4f}, val loss {row['val_loss']:.4f}"
-            self.say(f"step {row['step']}: {losses}")
+            self.say(f"step {step}: {losses}")
 
     def write_stats(self, step: int, measure: Callable[[], list[dict]]) -> None:
         """Add the rows that `measure` returns, unless those of this step are already there."""
@@ -104,7 +107,7 @@ class RunLog:
         try:
             if config.stats_interval and (rows := read_rows(self.stats.path)):
                 self.say(ranges.summary(rows, config.attn_type, config.stats_tolerance))
-            self._close_bar()  # drawing prints
+            self.bar.close()  # drawing prints
             with suppress(ImportError):
                 if draw:
                     from engine.pictures import draw_run  # here: matplotlib takes a second
@@ -114,32 +117,13 @@ class RunLog:
         except Exception as error:  # the run itself is done and saved
             self.say(f"no summary of the run: {error}")
 
-    def _show_progress(self, row: dict) -> None:
-        loss = row["distill_loss"] if "distill_loss" in row else row["train_loss"]
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False
-            )
-            self.bar.update(row["step"] - self.bar.n)
-            return
-        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        say(
-            f"step {row['step']}: loss {loss:.4f}, {row['step_ms']:.1f} ms/step, "
-            f"{row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
-        )
-
     def close(self) -> None:
         if self.active:
             self.table.close()
             if self.stats:
                 self.stats.close()
-            self._close_bar()
-            self._track("close")
-
-    def _close_bar(self) -> None:
-        if self.bar is not None:
             self.bar.close()
-            self.bar = None
+            self._track("close")
 
 
 def speed(model, config, rt, seconds: float, steps: int, matching: bool = False) -> dict:
@@ -161,8 +145,7 @@ class Table:
     goes on from, are dropped. A file that can't be written costs one line, and the run goes on."""
 
     def __init__(self, path: Path, columns: list[str], first_step: int):
-        self.path, self.failed = path, False
-        rows = []
+        self.path, self.failed, rows = path, False, []
         with suppress(OSError):
             rows = read_rows(path, first_step) if first_step > 0 else []
         self.last = rows[-1] if rows else {}
@@ -179,10 +162,9 @@ class Table:
 
     def write(self, rows: list[dict]) -> None:
         self.last = rows[-1]
+        text = lambda value: f"{value:.6g}" if type(value) is float else value
         try:
-            for row in rows:
-                rounded = {k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()}
-                self.csv.writerow(rounded)
+            self.csv.writerows({key: text(value) for key, value in row.items()} for row in rows)
             self.file.flush()
         except OSError as error:
             self._fail(error)
@@ -197,18 +179,15 @@ class Table:
             self.file.close()
 
 
-# ----------------------------------------------------------------------------
-# Trackers: numbers and pictures of a step, by name
-
-
 class Wandb:
+    """A tracker, which is called with numbers and pictures of a step; so is TensorBoard."""
+
     def __init__(self, folder: Path, config, first_step: int):
         import wandb
 
-        id_file, run_id = folder / "wandb_id.txt", None
+        self.wandb, id_file, run_id = wandb, folder / "wandb_id.txt", None
         with suppress(OSError):  # a resumed run goes on with its own page
             run_id = id_file.read_text(encoding="utf-8").strip() if first_step > 0 else None
-        self.wandb = wandb
         self.run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name or folder.name,

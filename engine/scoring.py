@@ -1,11 +1,11 @@
 """
 A model's scores on whole data sets: every token of a split once, with a context that is stated.
 
-A split of N tokens is read in windows of at most T = block_size inputs that begin `stride` tokens
-apart. A window scores those of its targets that earlier windows did not score. So each token but
-the split's first is scored exactly once, and from the second window on with at least T - stride
-tokens of context. In a data set of passages whose last word is to be guessed (LAMBADA), each
-passage is a window of its own. The docstring of evaluate.py defines the numbers that are reported.
+A split is read in windows of at most T = block_size inputs that begin `stride` tokens apart. A
+window scores those of its targets that earlier windows did not score. So each token but the split's
+first is scored exactly once, and from the second window on with at least T - stride tokens of
+context. In a data set of passages whose last word is to be guessed (LAMBADA), each passage is a
+window of its own. The docstring of evaluate.py defines the numbers that are reported.
 """
 
 import json
@@ -39,8 +39,8 @@ HEADINGS = {
     "last_word_perplexity": "its ppl",
 }
 
-# Inputs are tokens [first, last). Targets count from the one that follows input first + n_skipped.
-Window = tuple[int, int, int]  # first, last, n_skipped
+# first, last, n_skipped: inputs are tokens [first, last); scored is what follows first + n_skipped
+Window = tuple[int, int, int]
 
 
 @dataclass
@@ -60,18 +60,18 @@ class Task:
 def run_evaluation(
     model: GPT, tokenizer_meta: dict | None, about: dict, config, rt: Runtime
 ) -> int:
-    """Score the data sets that config.datasets lists, and print a table. After each of them, its
-    row is written to eval.json in config.out_dir, together with `about`, which says what the model
-    is. `tokenizer_meta` describes the model's tokenizer, if that is known.
+    """Score the data sets that config.datasets lists, write the row of each to eval.json together
+    with `about` the model, and print a table. `tokenizer_meta` describes the model's tokenizer, if
+    that is known. The config also has out_dir, data_dir, eval_stride and batch_size.
 
     Returns the exit code. A data set that can't be scored is a line on stderr and makes the code 2;
-    the others are scored nevertheless. The config also has data_dir, eval_stride and batch_size.
+    the others are scored nevertheless.
     """
     about = {**about, "attn_type": model.config.attn_type, "dtype": rt.dtype}
     names = dict.fromkeys(name.strip() for name in config.datasets.split(","))
     rows = {}
     for name in names:
-        task, message = None, ""
+        message = ""
         try:
             task = new_task(model, tokenizer_meta, name, config)
         except UserError as error:
@@ -91,10 +91,10 @@ def run_evaluation(
 def new_task(model: GPT, tokenizer_meta: dict | None, name: str, config) -> Task:
     """Raises UserError if the data set is missing or empty, or does not fit the model."""
     held = held_splits(data_folder(name, config.data_dir))
-    data = Dataset(name, config.data_dir, splits=["test" if "test" in held else "val"])
+    split = "test" if "test" in held else "val"
+    data = Dataset(name, config.data_dir, splits=[split])
     data.check_model(model.config.vocab_size, tokenizer_meta, "the model")
-    ((split, tokens),) = data.tokens.items()
-    T = model.config.block_size
+    tokens, T = data.tokens[split], model.config.block_size
     if data.meta.get("last_word") is True:
         windows, last_words = passages(tokens, from_meta(data.tokenizer), T)
         task = Task(name, split, tokens, windows, None, last_words)
@@ -102,15 +102,24 @@ def new_task(model: GPT, tokenizer_meta: dict | None, name: str, config) -> Task
         stride = config.eval_stride or max(1, T // 2)
         windows = strided(len(tokens), T, stride)
         task = Task(name, split, tokens, windows, stride, [0] * len(windows))
-        task.words, task.bytes = (data.meta.get(f"{split}_{unit}") for unit in ("words", "bytes"))
-        if task.words is None and data.tokenizer:  # nanoGPT's folders: the tokens are the text
-            with suppress(UserError):  # the tokenizer is not on this machine
-                task.words, task.bytes = words_and_bytes(tokens, from_meta(data.tokenizer))
-        elif task.words is not None and data.meta.get("line_ends") is True:
-            task.words += data.meta.get(f"{split}_lines", 0)
+        task.words, task.bytes = words_and_bytes(data, split)
     if not windows:
         raise UserError(f"{data.folder / split}.bin has nothing to predict; prepare another text")
     return task
+
+
+def words_and_bytes(data: Dataset, split: str) -> tuple[int | None, int | None]:
+    """Numbers of words and of UTF-8 bytes in the text of a split; None where not known."""
+    words, n_bytes = (data.meta.get(f"{split}_{unit}") for unit in ("words", "bytes"))
+    if words is not None and data.meta.get("line_ends") is True:
+        words += data.meta.get(f"{split}_lines", 0)
+    if words is None and data.tokenizer:  # nanoGPT's folders: the tokens are the text
+        with suppress(UserError):  # the tokenizer is not on this machine
+            text = from_meta(data.tokenizer).decode(data.tokens[split].tolist())
+            texts = text.split(END_OF_TEXT)
+            words = sum(len(text.split()) for text in texts)
+            n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return words, n_bytes
 
 
 def evaluate(model: GPT, task: Task, batch_size: int, rt: Runtime) -> dict:
@@ -118,30 +127,23 @@ def evaluate(model: GPT, task: Task, batch_size: int, rt: Runtime) -> dict:
     started = time.perf_counter()
     sums = score(model, task, batch_size, rt)
     nll, n_scored, hits, last_nll = (math.fsum(column) for column in zip(*sums, strict=True))
-    words, n_bytes, by_passage = task.words, task.bytes, task.stride is None
+    exp = lambda x: math.exp(x) if x < 700 else math.inf
+    n_passages = len(task.windows) if task.stride is None else None
     return {
         "split": task.split,
         "stride": task.stride,
         "block_size": model.config.block_size,
         "tokens": int(n_scored),
-        "words": words,
-        "bytes": n_bytes,
+        "words": task.words,
+        "bytes": task.bytes,
         "loss": nll / n_scored,
-        "perplexity": safe_exp(nll / n_scored),
-        "word_perplexity": safe_exp(nll / words) if words else None,
-        "bits_per_byte": nll / math.log(2) / n_bytes if n_bytes else None,
-        "last_word_accuracy": hits / len(task.windows) if by_passage else None,
-        "last_word_perplexity": safe_exp(last_nll / len(task.windows)) if by_passage else None,
+        "perplexity": exp(nll / n_scored),
+        "word_perplexity": exp(nll / task.words) if task.words else None,
+        "bits_per_byte": nll / math.log(2) / task.bytes if task.bytes else None,
+        "last_word_accuracy": hits / n_passages if n_passages else None,
+        "last_word_perplexity": exp(last_nll / n_passages) if n_passages else None,
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def safe_exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
-
-
-# ----------------------------------------------------------------------------
-# Windows
 
 
 def strided(n_tokens: int, T: int, stride: int) -> list[Window]:
@@ -173,38 +175,24 @@ def passages(tokens: np.ndarray, tokenizer, T: int) -> tuple[list[Window], list[
     return windows, last_words
 
 
-def words_and_bytes(tokens: np.ndarray, tokenizer) -> tuple[int, int]:
-    """Numbers of words and of UTF-8 bytes in the text of `tokens`."""
-    texts = tokenizer.decode(tokens.tolist()).split(END_OF_TEXT)
-    n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return sum(len(text.split()) for text in texts), n_bytes
-
-
-# ----------------------------------------------------------------------------
-# Scores
-
-
 @torch.no_grad()
 def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[float]]:
     """Four sums for each batch of windows: -ln p, scored tokens, last words guessed, and the last
-    words' -ln p. Ranks share the batches; every rank gets all sums, and their number does not
-    change them."""
+    words' -ln p. Ranks share the batches; every rank gets all sums, whatever their number."""
     model.eval()
-    tokens, windows = task.tokens, task.windows
     # The longest windows come first: if memory is too short, the first batch shows it
-    order = sorted(range(len(windows)), key=lambda i: windows[i][0] - windows[i][1])
+    lengths = [last - first for first, last, _ in task.windows]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     sums = torch.zeros(len(batches), 4, dtype=torch.float64)
     hide_bar = None if rt.is_main else True  # None: hidden unless stderr is a terminal
     for b in tqdm(rt.share(len(batches)), task.name, disable=hide_bar, leave=False):
-        chosen = [windows[i] for i in batches[b]]
-        longest = max(last - first for first, last, _ in chosen)
-        ids = torch.zeros(len(chosen), longest + 1, dtype=torch.int64)
-        counts = torch.zeros(len(chosen), longest, dtype=torch.bool)
-        in_last_word = torch.zeros_like(counts)
-        for row, (i, (first, last, n_skipped)) in enumerate(zip(batches[b], chosen, strict=True)):
-            n = last - first
-            ids[row, : n + 1] = torch.from_numpy(tokens[first : last + 1].astype(np.int64))
+        B, T = len(batches[b]), lengths[batches[b][0]]
+        ids = torch.zeros(B, T + 1, dtype=torch.int64)
+        counts, in_last_word = torch.zeros(2, B, T, dtype=torch.bool)
+        for row, i in enumerate(batches[b]):
+            (first, last, n_skipped), n = task.windows[i], lengths[i]
+            ids[row, : n + 1] = torch.from_numpy(task.tokens[first : last + 1].astype(np.int64))
             counts[row, n_skipped:n] = True
             in_last_word[row, n - task.last_words[i] : n] = True
         x, y = rt.to_device(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -212,9 +200,8 @@ def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[flo
             nll, hit = token_scores(model, x, y)
         nll, hit = nll.cpu().double(), hit.cpu()
         guessed = (hit | ~in_last_word).all(dim=1) & in_last_word.any(dim=1)
-        sums[b] = torch.stack(
-            [nll[counts].sum(), counts.sum(), guessed.sum(), nll[in_last_word].sum()]
-        ).double()
+        of_batch = nll[counts].sum(), counts.sum(), guessed.sum(), nll[in_last_word].sum()
+        sums[b] = torch.stack(of_batch).double()
     flat = rt.sum(sums.flatten())
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
@@ -231,10 +218,6 @@ def token_scores(model: GPT, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Te
             nll.append(F.cross_entropy(logits, target, reduction="none"))
             hit.append(logits.argmax(dim=1) == target)
     return torch.cat(nll).view_as(y), torch.cat(hit).view_as(y)
-
-
-# ----------------------------------------------------------------------------
-# Results
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -260,6 +243,5 @@ def write_rows(rows: dict[str, dict], about: dict, folder: Path) -> None:
         with whole_file(path) as file:
             file.write(json.dumps({**about, "results": rows}, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}); choose another --out_dir, or make room"
-        ) from error
+        reason = f"can't be written ({error.strerror})"
+        raise UserError(f"{path} {reason}; choose another --out_dir, or make room") from error

@@ -145,7 +145,7 @@ def test_every_key_is_read_somewhere():
         for field in fields(script.Config):
             reads = len(re.findall(rf"config\.{field.name}\b", code[f"{script.__name__}.py"]))
             # or in a loop over the names
-            reads += field.name in (*start.ARCHITECTURE, *start.KEPT)
+            reads += field.name in (*start.ARCHITECTURE, *start.KEPT, *sample.DRAWING.split())
             assert reads > 0, f"{script.__name__}.py never reads {field.name}"
     for name in BENCH_KEYS:
         assert re.search(rf"config\.{name}\b", code["bench.py"]), name
