@@ -35,8 +35,8 @@ def read_gpt2(
         raise ValueError(f"{', '.join(fixed)} can't be overridden in {name}")
     is_folder = Path(name).is_dir()
     try:
-        local = is_folder or not reachable(HUB)  # without the hub, its cache may have the model
-        options = {"local_files_only": local}
+        # Without the hub, its cache may have the model
+        options = {"local_files_only": is_folder or not reachable(HUB)}
         hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
         hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)

@@ -14,12 +14,7 @@ Implementation = Literal["auto", "reference", "blockwise", "triton"]
 
 
 def refusals(
-    attn_type: str,
-    variant,
-    head_size: int,
-    dtype: torch.dtype,
-    device: Device,
-    dropout: float = 0.0,
+    attn_type: str, variant, head_size: int, dtype: torch.dtype, device: Device, dropout: float
 ) -> dict[str, str | None]:
     """For each implementation, the fastest first: one line on why it can't run, None if it can.
 

@@ -1,30 +1,20 @@
 """
-Fused causal pointwise attention for CUDA, as Triton kernels: forward and backward, head sizes up
-to 256, every attention of model.py's registry.
-
-    x[i, j] = c q_i . k_j   or   -c/2 |q_i - k_j|^2        c = 1/sqrt(hs)
-    A[i, j] = f(x[i, j]) for j <= i, else 0
-    y = A v / divisor
+Fused causal pointwise attention for CUDA, as Triton kernels: blockwise.py's formulas for every
+attention of model.py's registry and head sizes up to 256.
 
 There is no row maximum, no rescaling and no log-sum-exp: a block of A is one matrix product, a
-pointwise function, and another matrix product. What the backward needs is q, k, v (and, for the
-distance, their norms); it recomputes A block by block. With dP = dy v^T and G = f'(x) * dP:
+pointwise function, and another matrix product. Backward recomputes A block by block.
 
-    dv = A^T dy / divisor
-    dq = c/divisor (G k - rowsum(G) q)                     the sums only for the distance
-    dk = c/divisor (G^T q - colsum(G) k)
-
-Shapes as in model.py: B batch, nh heads, T sequence length, hs head size. In the kernels, rows
-are queries (i) and cols are keys (j); BLOCK_D is hs padded to a power of two. Everything is
-accumulated in float32. float32 inputs are multiplied in full precision (`ieee`, not TF32): a
-distance is a small difference of large numbers. That is right, and slow.
+Shapes as in blockwise.py. In the kernels, rows are queries (i) and cols are keys (j); BLOCK_D is hs
+padded to a power of two. Sums are float32. float32 inputs are multiplied in full precision (`ieee`,
+not TF32), which is slow, but a distance is a small difference of large numbers.
 
 `triton_attention` is the entry; `refusal` says where it can't run, and why. An attention has a
 Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formula to compare with.
 """
 
 import math
-import re
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -32,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blockwise import empty_heads_last, hand_written
+from kernels.blockwise import empty_heads_last, family, hand_written
 
 # ----------------------------------------------------------------------------
 # The pointwise functions: each takes a tile of scores in float32 and returns f and f' = df/dx.
@@ -160,23 +150,22 @@ FORMS = {
 
 
 @triton.jit
-def head_and_rank(blocks, group):
-    """The head of this program, and how many blocks of that head are longer than its own.
+def assigned_head(T, nh, group, stride_b, stride_h, BLOCK: tl.constexpr, HS: tl.constexpr):
+    """How many blocks of its head are longer than this program's, and where that head begins in
+    (B, nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T). In 64 bits.
 
     Heads are taken in groups whose keys and values fit in the L2 cache together; within a group all
     heads do their longest block first, so that the last programs to start are the shortest.
     """
+    blocks = tl.cdiv(T, BLOCK)
     pid = tl.program_id(0)
     first_head = pid // (group * blocks) * group
     group_heads = tl.minimum(group, tl.num_programs(0) // blocks - first_head)
     pid = pid % (group * blocks)
-    return first_head + pid % group_heads, pid // group_heads
-
-
-@triton.jit
-def head_start(head, nh, stride_b, stride_h):
-    """Offset of a head's first element, `head` counting through (B, nh). In 64 bits."""
-    return tl.cast(head // nh, tl.int64) * stride_b + tl.cast(head % nh, tl.int64) * stride_h
+    head = first_head + pid % group_heads
+    b, h = tl.cast(head // nh, tl.int64), tl.cast(head % nh, tl.int64)
+    start, y_start = b * stride_b + h * stride_h, b * T * nh * HS + h * HS
+    return pid // group_heads, start, y_start, tl.cast(head, tl.int64) * T
 
 
 @triton.jit
@@ -186,15 +175,14 @@ def load_rows(
 ):  # fmt: skip
     """Rows first, first + 1, ... of X (T, HS) as a tile (ROWS, BLOCK_D), with zeros outside X.
     CHECK says whether the tile may reach past row T."""
-    X += tl.cast(first, tl.int64) * stride  # inside a tile 32 bits are enough
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims  # 64 bits, then 32
     if CHECK:
-        return tl.load(X + rows * stride + dims, (first + rows < T) & (dims < HS), other=0.0)
+        return tl.load(X, (first + rows < T) & (dims < HS), other=0.0)
     elif HS < BLOCK_D:
-        return tl.load(X + rows * stride + dims, dims < HS, other=0.0)
+        return tl.load(X, dims < HS, other=0.0)
     else:
-        return tl.load(X + rows * stride + dims)
+        return tl.load(X)
 
 
 @triton.jit
@@ -202,11 +190,9 @@ def store_rows(
     X, first, T, stride, tile, ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The inverse of load_rows: what lies outside X (T, HS) is dropped."""
-    X += tl.cast(first, tl.int64) * stride
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
-    mask = (first + rows < T) & (dims < HS)
-    tl.store(X + rows * stride + dims, tile.to(X.dtype.element_ty), mask)
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims
+    tl.store(X, tile.to(X.dtype.element_ty), (first + rows < T) & (dims < HS))
 
 
 @triton.jit
@@ -249,14 +235,10 @@ def norm_kernel(
     BLOCK: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """K_norm[j] = c/2 unit |k_j|^2, from k as it is given, rounded, for a block of cols j."""
-    blocks = tl.cdiv(T, BLOCK)
-    head = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
-    cols = first + tl.arange(0, BLOCK)
-    K += head_start(head, nh, stride_b, stride_h)
-    k = load_rows(K, first, T, stride_t, BLOCK, HS, BLOCK_D, True).to(tl.float32)
-    K_norm += tl.cast(head, tl.int64) * T
-    tl.store(K_norm + cols, 0.5 * c * unit * tl.sum(k * k, axis=1), cols < T)
+    rank, k_start, _, norm_start = assigned_head(T, nh, 1, stride_b, stride_h, BLOCK, HS)
+    cols = rank * BLOCK + tl.arange(0, BLOCK)
+    k = load_rows(K + k_start, rank * BLOCK, T, stride_t, BLOCK, HS, BLOCK_D, True).to(tl.float32)
+    tl.store(K_norm + norm_start + cols, 0.5 * c * unit * tl.sum(k * k, axis=1), cols < T)
 
 
 @triton.jit
@@ -267,15 +249,12 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y_i = 1/divisor sum_j f(x_ij) v_j for BLOCK_M rows i. Writes Q_norm too, for the backward."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
+    Q, K, V, Y = Q + start, K + start, V + start, Y + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
-    first_row = (blocks - 1 - rank) * BLOCK_M
+    first_row = (tl.cdiv(T, BLOCK_M) - 1 - rank) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    Y += head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     q_norm = 0.0
@@ -308,16 +287,12 @@ def dq_kernel(
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
     distance's, and adds up G as rounded for the first, so that what should cancel does."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
+    Q, K, V, dY, dQ = Q + start, K + start, V + start, dY + y_start, dQ + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
-    first_row = (blocks - 1 - rank) * BLOCK_M
+    first_row = (tl.cdiv(T, BLOCK_M) - 1 - rank) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    dY, dQ = dY + start, dQ + start
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, True)
@@ -362,16 +337,13 @@ def dkv_kernel(
 
     RAGGED says that T is no multiple of BLOCK_M. A row past T meets dy = 0, but f of it may be inf.
     """
-    blocks = tl.cdiv(T, BLOCK_N)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_N, HS)
+    Q, K, V = Q + start, K + start, V + start
+    dY, dK, dV = dY + y_start, dK + y_start, dV + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
     first_col = rank * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    dY, dK, dV = dY + start, dK + start, dV + start
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
     v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
@@ -408,6 +380,8 @@ def dkv_kernel(
     store_rows(dK, first_col, T, nh * HS, dk * (c / divisor), BLOCK_N, HS, BLOCK_D)
     store_rows(dV, first_col, T, nh * HS, dv * (1.0 / divisor), BLOCK_N, HS, BLOCK_D)
 
+
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
 # ----------------------------------------------------------------------------
 # Block sizes
@@ -450,15 +424,9 @@ BLOCKS = {
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
-    ("forward", 64): Blocks(32, 32, 8, 2),
-    ("forward", 128): Blocks(32, 32, 8, 2),
-    ("forward", 256): Blocks(32, 16, 8, 2),
-    ("dq", 64): Blocks(32, 32, 8, 2),
-    ("dq", 128): Blocks(32, 16, 8, 2),
-    ("dq", 256): Blocks(32, 16, 8, 2),
-    ("dkv", 64): Blocks(32, 32, 8, 2),
-    ("dkv", 128): Blocks(16, 32, 8, 2),
-    ("dkv", 256): Blocks(16, 32, 8, 2),
+    **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
+    **dict.fromkeys([("forward", 256), ("dq", 128), ("dq", 256)], Blocks(32, 16, 8, 2)),
+    **dict.fromkeys([("dkv", 128), ("dkv", 256)], Blocks(16, 32, 8, 2)),
 }
 NORM_ROWS = 64
 # Shared memory that one program may have: the tables count on Hopper's. With two stages, head sizes
@@ -499,9 +467,8 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTER
 
 def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
     """An attn_type -> (score, f and f', unit, n), or None if there is no Triton form of it."""
-    match = re.fullmatch(r"(.+-)(\d+)", name)
-    key, n = (match[1] + "n", int(match[2])) if match else (name, 0)
-    if key not in FORMS or key.endswith("-n") != bool(match):
+    key, n = family(name)
+    if key not in FORMS:
         return None
     score, f, unit = FORMS[key]
     return score, f, unit(n), n
@@ -533,12 +500,11 @@ def refusal(
         return "there is no CUDA device here"
     if torch.version.hip:
         return "the Triton kernels were never tried on ROCm"
+    gpu = torch.cuda.get_device_name(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than Ampere, which Triton needs"
+        return f"{gpu} is older than Ampere, which Triton needs"
     if head_size > 128 and shared_bytes(device) < WIDE_SHARED_BYTES:
-        return (
-            f"{torch.cuda.get_device_name(device)} has too little shared memory above head size 128"
-        )
+        return f"{gpu} has too little shared memory above head size 128"
     return None
 
 
@@ -568,22 +534,25 @@ def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
-def _norms(q: Tensor, score: str) -> Tensor:
-    B, nh, T, _ = q.shape
-    shape = (B, nh, T) if score == "distance" else (0,)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+def _norms(q: Tensor, name: str) -> Tensor:
+    """Memory for the norms (B, nh, T) of q or k; none for a dot product."""
+    shape = q.shape[:3] if parse(name)[0] == "distance" else (0,)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
-def _launch(kernel, blocks: Blocks, block: int, pointers: tuple, name: str, divisor: float, **more):
-    """Start one program of `kernel` per head and per `block` positions. pointers[0] is q."""
-    q = pointers[0]
+def _launch(kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float) -> None:
+    """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
+    q = tensors[0]
     score, f, unit, n = parse(name)
+    blocks = blocks_for(kernel, q)
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
-    kernel[(B * nh * triton.cdiv(T, block),)](
-        *pointers, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
+    block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
+    ragged = {"RAGGED": T % blocks.BLOCK_M != 0} if kernel == "dkv" else {}
+    KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
+        *tensors, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
         f=f, n=n, DISTANCE=score == "distance", HS=hs, BLOCK_D=padded(hs),
-        enable_fp_fusion=True, **blocks._asdict(), **more,
+        enable_fp_fusion=True, **blocks._asdict(), **ragged,
     )  # fmt: skip
 
 
@@ -594,52 +563,37 @@ def _forward(
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, name)
     q, k, v = _one_set_of_strides(q, k, v)
+    y, q_norm, k_norm = empty_heads_last(q), _norms(q, name), _norms(q, name)
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
-    y, q_norm, k_norm = empty_heads_last(q), _norms(q, score), _norms(q, score)
-    blocks = blocks_for("forward", q)
     with torch.cuda.device_of(q):
         if score == "distance":
             norm_kernel[(B * nh * triton.cdiv(T, NORM_ROWS),)](
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        pointers = (q, k, v, y, q_norm, k_norm)
-        _launch(forward_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
 def _(q, k, v, name, divisor):
     _check(q, k, v, name)
-    score = parse(name)[0]
-    return empty_heads_last(q), _norms(q, score), _norms(q, score)
+    return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
 
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    name: str,
-    divisor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
+    name: str, divisor: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
-    T = q.size(2)
     with torch.cuda.device_of(q):
-        blocks = blocks_for("dkv", q)
-        ragged = T % blocks.BLOCK_M != 0
-        pointers = (q, k, v, dy, dk, dv, q_norm, k_norm)
-        _launch(dkv_kernel, blocks, blocks.BLOCK_N, pointers, name, divisor, RAGGED=ragged)
-        blocks = blocks_for("dq", q)
-        pointers = (q, k, v, dy, dq, q_norm, k_norm)
-        _launch(dq_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor)
     return dq, dk, dv
 
 
@@ -677,22 +631,16 @@ def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
     process ends. Returns them by kernel. It takes minutes, most of them to compile."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
     y, *norms = _forward(q, k, v, name, 1.0)
-    work = {
-        "forward": lambda: _forward(q, k, v, name, 1.0),
-        "dkv": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-        "dq": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-    }
-    for kernel, launch in work.items():
-        key = kernel, max(64, padded(q.size(-1)))
-        times = {}
+    forward = lambda: _forward(q, k, v, name, 1.0)
+    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0)
+    fastest = {}
+    for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
+        key, times = (kernel, max(64, padded(q.size(-1)))), {}
         for blocks in [table[key], *CANDIDATES]:
             own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
-            if own % other != 0:  # see BLOCKS
-                continue
-            table[key] = blocks
-            try:
-                times[blocks] = triton.testing.do_bench(launch)
-            except triton.runtime.OutOfResources:
-                continue
-        table[key] = min(times, key=times.get)
-    return {kernel: table[kernel, max(64, padded(q.size(-1)))] for kernel in work}
+            if own % other == 0:  # see BLOCKS
+                table[key] = blocks
+                with suppress(triton.runtime.OutOfResources):
+                    times[blocks] = triton.testing.do_bench(launch)
+        fastest[kernel] = table[key] = min(times, key=times.get)
+    return fastest
