@@ -395,20 +395,16 @@ class GPT(nn.Module):
         return model
 
     def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple,
-        device_type: str,
+        self, weight_decay: float, learning_rate: float, betas: tuple, device_type: str,
         optimizer: str = "adamw",
-    ) -> torch.optim.Optimizer:
+    ) -> torch.optim.Optimizer:  # fmt: skip
         """AdamW, fused where the device has it, or with optimizer='muon' Muon for the blocks'
         matrices and AdamW for the rest. Only matrices and embeddings decay."""
         options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
         trained = [p for p in self.parameters() if p.requires_grad]
         if optimizer == "muon":
-            in_blocks = set(self.transformer.h.parameters())
-            return muon.MuonAdamW(trained, in_blocks, weight_decay, **options)
+            blocks = set(self.transformer.h.parameters())
+            return muon.MuonAdamW(trained, blocks, weight_decay, **options)
         return torch.optim.AdamW(muon.decay_groups(trained, weight_decay), **options)
 
     def estimate_mfu(

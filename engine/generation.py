@@ -55,11 +55,8 @@ class KVCache:
 
 
 def prefill(model, prompts: list[Tensor], cache: KVCache, rows: Tensor) -> Tensor:
-    """Fill rows (n,) of the cache with prompts of any lengths; (n, V) logits after their ends.
-
-    Each prompt fills n / len(prompts) rows. Shorter prompts are padded behind their ends, where
-    nothing can see the padding.
-    """
+    """Fill rows (n,) of the cache with prompts of any lengths, each n / len(prompts) times; return
+    (n, V) logits after their ends. Nothing can see the padding behind the end of a shorter one."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
     idx = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (len(prompts), T)
     T = idx.size(1)
@@ -95,18 +92,11 @@ def draw(
 
 @torch.no_grad()
 def stream(
-    model,
-    prompts: list[Tensor],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    vocab_size: int | None = None,
-    window_stride: int | None = None,
-    uniforms: Tensor | None = None,
-    compile: bool = False,
-) -> Iterator[Tensor]:
+    model, prompts: list[Tensor], num_samples: int, max_new_tokens: int,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    vocab_size: int | None = None, window_stride: int | None = None,
+    uniforms: Tensor | None = None, compile: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield the next token ids (B,), `max_new_tokens` times, where B = len(prompts) num_samples.
 
     A prompt is a vector of ids; its samples are neighbours in B. Temperature 0 takes the likeliest

@@ -23,12 +23,10 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its 
 def read_gpt2(
     name: str, Config: Callable[..., Any], overrides: dict, pa_length: int | None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """A GPT-2 of the hub (its name) or of a local folder, as (Config(...), state dict).
-
-    `Config` is GPTConfig. `overrides` are those of its arguments that take precedence over
-    config.json; `pa_length` counts if neither has one. Raises OSError if the model can be had
-    nowhere, ValueError if it is damaged or not a GPT-2 as model.py has it.
-    """
+    """A GPT-2 of the hub (its name) or of a local folder, as (Config(...), state dict); `Config` is
+    GPTConfig. `overrides` are those of its arguments that take precedence over config.json, and
+    `pa_length` counts if neither has one. Raises OSError if the model can be had nowhere,
+    ValueError if it is damaged or not a GPT-2 as model.py has it."""
     from transformers import AutoConfig, GPT2LMHeadModel
 
     if fixed := sorted(overrides.keys() & FIXED):

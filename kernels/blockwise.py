@@ -144,10 +144,8 @@ def family(name: str) -> tuple[str, int]:
 
 @cache
 def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor] | None:
-    """The f_ of HAND_WRITTEN for the registry's entry `name` ('GK', 'GKpoly-8', 'PA_relu', ...).
-
-    None if there is none, or if the registry's f computes something else: somebody edited it.
-    """
+    """The f_ of HAND_WRITTEN for this attn_type. None if there is none, or if the registry's f has
+    been edited, so that it computes something else."""
     key, n = family(name)
     if key not in HAND_WRITTEN:
         return None
@@ -165,10 +163,8 @@ PART = 32  # rows of a tile over which G is summed at a time, so that no thread 
 
 @cache
 def compiled_tile(n: int | None = None) -> Callable | None:
-    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it.
-
-    Each process that needs it compiles it, for exactly this CPU, in a quarter of a second.
-    """
+    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it. Each
+    process that needs it compiles it, for exactly this CPU, in a quarter of a second."""
     flags = ["-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
     # A loop split at the diagonal would be two loops, neither of which fills its vectors
     flags += ["-fopenmp", "-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
@@ -209,11 +205,10 @@ def one_pass(f_: Callable) -> Callable | None:
 def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[int, int]:
     """(rows = columns of a tile, heads in a tile at most).
 
-    Small tiles save arithmetic: half of each tile on the diagonal is wasted, a share size / T of
-    all. Many heads at once save calls: a tile costs some 15 of them forward and backward, of a few
-    microseconds each. But a tile and its gradient should stay in the cache: at most 2^17 elements
-    (512 KiB in float32) per thread, measured on 2 cores with 2 MiB of L2 each. A GPU's launches
-    cost more and its memory is fast: 2^25 elements (not measured).
+    Small tiles save arithmetic, as half of each tile on the diagonal is wasted. Many heads at once
+    save calls: a tile costs some 15 of them, of a few microseconds each. But a tile and its
+    gradient should stay in the cache: at most 2^17 elements (512 KiB in float32) per thread,
+    measured on 2 cores with 2 MiB of L2 each. On a GPU, 2^25 elements (not measured).
     """
     if device.type != "cpu":
         size, elements = 512, 2**25
@@ -223,7 +218,7 @@ def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[i
     return size, max(1, elements // size**2)
 
 
-def parts(length: int, at_most: int) -> list[slice]:
+def slices(length: int, at_most: int) -> list[slice]:
     """Slices of range(length), of equal size where possible, of at most max(1, `at_most`) each."""
     step = math.ceil(length / math.ceil(length / max(1, at_most)))
     return [slice(i, i + step) for i in range(0, length, step)]
@@ -257,7 +252,7 @@ class Tiles:
         B, nh, T, _ = q.shape
         self.size, heads = tile_size(*q.shape, q.device)
         # All heads of some sequences, or some heads of one
-        self.groups = list(product(parts(B, heads // nh), parts(nh, heads)))
+        self.groups = list(product(slices(B, heads // nh), slices(nh, heads)))
         # Scores, weights and sums are float32 at least: a distance between half-precision vectors
         # is a small difference of large numbers. On CUDA the factors of a product stay half.
         self.wide = torch.promote_types(q.dtype, torch.float32)
@@ -275,9 +270,6 @@ class Tiles:
         if (name, shape) not in self.memory:
             self.memory[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
         return self.memory[name, shape]
-
-    def zeros(self, name: str | tuple, *shape: int) -> Tensor:
-        return self.empty(name, shape, self.wide).zero_()
 
     def rows(self, t: Tensor) -> tuple[Tensor, ...]:
         """(b, h, T, hs) -> blocks of rows, each (b, h, size, hs)."""
@@ -405,12 +397,16 @@ def blockwise_backward(
             k_blocks, dy_blocks = t.blocks("k", k[b, h]), t.blocks("dy", dy[b, h])
             t.take_rows(q[b, h])
             dq_sums = [t.sum(("dq", i), dq_i) for i, dq_i in enumerate(dq_rows)]
-            G_rows = [t.zeros(("G_row", i), *q_i.shape[:2]) for i, q_i in enumerate(t.q)]
+            G_rows = [
+                t.empty(("G_row", i), q_i.shape[:2], t.wide).zero_() for i, q_i in enumerate(t.q)
+            ]
             for j, k_j in enumerate(k_blocks):
                 t.take_columns(k_rows[j])
                 vt_j = t.transposed("vt", v_rows[j])
                 dk_sum, dv_sum = t.sum("dk", dk_rows[j]), t.sum("dv", dv_rows[j])
-                G_column = t.zeros("G_column", t.kt.size(0), t.parts, t.kt.size(2))
+                G_column = t.empty(
+                    "G_column", (t.kt.size(0), t.parts, t.kt.size(2)), t.wide
+                ).zero_()
                 for i in range(j, len(dq_rows)):
                     G = t.empty("G", (*dy_blocks[i].shape[:2], vt_j.size(2)), t.wide)
                     add_product_(G, dy_blocks[i], vt_j, beta=0.0)
@@ -454,10 +450,8 @@ def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     strides. y has the same shape, with its heads last in memory; dropout is of weights. A later
     call with the same name and another entry changes what the earlier callables compute.
     """
-    REGISTERED[name] = (
-        variant.score,
-        hand_written(name, variant.f) or partial(by_autograd_, f=variant.f),
-    )
+    f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
+    REGISTERED[name] = variant.score, f_
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it

@@ -26,10 +26,8 @@ from kernels.blockwise import empty_heads_last, family, hand_written
 
 # ----------------------------------------------------------------------------
 # The pointwise functions: each takes a tile of scores in float32 and returns f and f' = df/dx.
-# The forward asks for f alone, and the compiler drops the rest.
-#
-# z is x times the attention's `unit` (see FORMS), which saves a multiplication per score: with
-# unit = log2(e), exp(x) is the exp2(z) that the hardware has.
+# Forward takes f alone, and the compiler drops the rest. z is x times the attention's `unit` (see
+# FORMS), which saves a multiplication per score: exp(x) = exp2(z), which the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -44,13 +42,9 @@ def gaussian(z, n):
 @triton.jit
 def gaussian_poly(z, n: tl.constexpr):
     """(1 + x / 2^n)^(2^n), z = x / 2^n: with a = 1 + z, n squarings. f' = a^(2^n - 1), the product
-    a a^2 a^4 ..., and not f / a, which is 0 / 0 at a = 0.
-
-    In a = 1 + z the low bits of z are lost, and the squarings double that error n times. So all but
-    the last 6 squarings work on e = a - 1, where (1 + e)^2 - 1 = e (2 + e) loses nothing.
-    """
-    e = z
-    a = 1.0 + z
+    a a^2 a^4 ..., and not f / a, which is 0 / 0 at a = 0. All squarings but the last 6 work on
+    e = a - 1, by (1 + e)^2 - 1 = e (2 + e): blockwise.gaussian_poly_ says why."""
+    e, a = z, 1.0 + z
     slope = a
     for i in tl.static_range(1, n + 1):
         if i <= n - 6:
@@ -152,7 +146,7 @@ FORMS = {
 @triton.jit
 def assigned_head(T, nh, group, stride_b, stride_h, BLOCK: tl.constexpr, HS: tl.constexpr):
     """How many blocks of its head are longer than this program's, and where that head begins in
-    (B, nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T). In 64 bits.
+    (B, nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T), in 64 bits.
 
     Heads are taken in groups whose keys and values fit in the L2 cache together; within a group all
     heads do their longest block first, so that the last programs to start are the shortest.
@@ -220,13 +214,11 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
 # ----------------------------------------------------------------------------
 # The kernels
 #
-# Q, K, V point to (B, nh, T, hs) with one set of strides (stride_b, stride_h, stride_t, 1), such as
-# views of c_attn's output have. Y, dY, dQ, dK, dV are views (B, nh, T, hs) of contiguous
-# (B, T, nh, hs). Norms are (B, nh, T) in float32.
+# Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
+# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
 #
-# The loops run over the blocks wholly below the diagonal, which need no mask, and over the few on
-# the diagonal, where A and G get zeros by a select: whatever f makes of a hidden score, be it inf
-# or NaN, is dropped.
+# The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
+# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
 
 
 @triton.jit
@@ -400,10 +392,9 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None
 
 
-# (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line is
-# what the compiler makes of it for sm_90 and the worst of the attentions, Triton 3.9: registers,
-# bytes on the stack (spills), shared memory, programs per multiprocessor. Why these:
-#
+# (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line,
+# for the worst of the attentions on sm_90 (Triton 3.9): registers, bytes on the stack (spills),
+# shared memory, programs per multiprocessor. Why these:
 # - wgmma multiplies 64 rows per 4 warps; wider tiles read shared memory less often per product.
 # - A program alternates between tensor cores and f. Two or three of them on a multiprocessor fill
 #   each other's gaps, most of all at head size 64, where f costs as much as the products.
@@ -460,7 +451,6 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 # The entry
 
 MAX_HEAD_SIZE = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
 
@@ -477,11 +467,8 @@ def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
 def refusal(
     name: str, head_size: int, dtype: torch.dtype, device: torch.device | str, variant=None
 ) -> str | None:
-    """One line on why `triton_attention` can't run this attn_type here; None if it can.
-
-    `variant` is the registry's entry of that name: if somebody has edited it, the kernels would
-    compute another function.
-    """
+    """One line on why `triton_attention` can't run this attn_type here; None if it can. `variant`
+    is the registry's entry: if it was edited, the kernels would compute another function."""
     device, form = torch.device(device), parse(name)
     if form is None:
         return f"{name} has no Triton kernel"
@@ -489,7 +476,7 @@ def refusal(
         return f"the Triton kernel of {name} computes another formula than model.py's registry"
     if head_size > MAX_HEAD_SIZE:
         return f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {head_size}"
-    if dtype not in DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
     if INTERPRETED:
         # Its bfloat16 is made of uint16, and its products of them are wrong
@@ -511,11 +498,10 @@ def refusal(
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float) -> Tensor:
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
 
-    y_i = sum_{j <= i} f(x_ij) v_j / divisor, in the dtype of q, k and v, which is one of bfloat16,
-    float16 and float32. y is a view of a contiguous (B, T, nh, hs). Views of c_attn's output
-    (B, T, 3, nh, hs) are read where they are; q, k, v whose strides differ are copied first.
-    Differentiable once; every result is the same bit for bit in every run. Raises ValueError
-    where `refusal` has a reason.
+    y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
+    (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
+    different strides are copied first. Differentiable once, and the same bit for bit in every run.
+    Raises ValueError where `refusal` has a reason.
     """
     return _forward(q, k, v, name, float(divisor))[0]
 
