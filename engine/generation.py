@@ -7,8 +7,8 @@ one token.
 
 The cache is exact for every attention: a causal row depends on nothing that follows it, and the L
 of PA_f is fixed. When the cache is full (block_size tokens), the oldest `window_stride` tokens are
-dropped and those that remain are computed again, since positions are absolute. With a stride of 1
-that happens for every token, which is what nanoGPT does.
+dropped and those that remain are computed again, since positions are absolute. With a stride of 1,
+that happens for every token, as in nanoGPT.
 """
 
 from collections.abc import Iterator
@@ -101,9 +101,8 @@ def stream(
 
     A prompt is a vector of ids; its samples are neighbours in B. Temperature 0 takes the likeliest
     token. Ids from `vocab_size` on, which pad a vocabulary, are never drawn. `window_stride` is by
-    default a quarter of block_size. `uniforms` (max_new_tokens, B) in (0, 1] take the place of
-    torch's random numbers. `compile` compiles the step of one token. Raises ValueError for an empty
-    prompt.
+    default a quarter of block_size. `uniforms` (max_new_tokens, B) in (0, 1] replace torch's random
+    numbers. `compile` compiles the step of one token. Raises ValueError for an empty prompt.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
@@ -111,11 +110,9 @@ def stream(
     stride = min(window_stride or max(1, block_size // 4), block_size)
     prompts = [prompt[-block_size:] for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]  # in the cache
-    B, longest = len(lengths), max(lengths)
+    B, size = len(lengths), min(block_size, max(lengths) + max_new_tokens)
     if uniforms is None:
         uniforms = 1 - torch.rand(max_new_tokens, B, device=device)
-
-    size = min(block_size, longest + max_new_tokens)
     uniform_lengths = not compile and len(set(lengths)) == 1
     cache, rows = KVCache(model, B, size), torch.arange(B, device=device)
     logits = prefill(model, prompts, cache, rows)

@@ -14,7 +14,6 @@ from engine.network import HUB, reachable
 # The keys that export.py adds to config.json: which attention the weights were trained with
 ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
-FIXED = {*SIZES, "block_size", "bias"}  # what the weights decide
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> ours
@@ -29,7 +28,7 @@ def read_gpt2(
     ValueError if it is damaged or not a GPT-2 as model.py has it."""
     from transformers import AutoConfig, GPT2LMHeadModel
 
-    if fixed := sorted(overrides.keys() & FIXED):
+    if fixed := sorted(overrides.keys() & {*SIZES, "block_size", "bias"}):
         raise ValueError(f"{', '.join(fixed)} can't be overridden in {name}")
     is_folder = Path(name).is_dir()
     try:

@@ -271,6 +271,9 @@ class Tiles:
             self.memory[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
         return self.memory[name, shape]
 
+    def zeros(self, name: str | tuple, *shape: int) -> Tensor:
+        return self.empty(name, shape, self.wide).zero_()
+
     def rows(self, t: Tensor) -> tuple[Tensor, ...]:
         """(b, h, T, hs) -> blocks of rows, each (b, h, size, hs)."""
         return t.split(self.size, dim=2)
@@ -397,16 +400,12 @@ def blockwise_backward(
             k_blocks, dy_blocks = t.blocks("k", k[b, h]), t.blocks("dy", dy[b, h])
             t.take_rows(q[b, h])
             dq_sums = [t.sum(("dq", i), dq_i) for i, dq_i in enumerate(dq_rows)]
-            G_rows = [
-                t.empty(("G_row", i), q_i.shape[:2], t.wide).zero_() for i, q_i in enumerate(t.q)
-            ]
+            G_rows = [t.zeros(("G_row", i), *q_i.shape[:2]) for i, q_i in enumerate(t.q)]
             for j, k_j in enumerate(k_blocks):
                 t.take_columns(k_rows[j])
                 vt_j = t.transposed("vt", v_rows[j])
                 dk_sum, dv_sum = t.sum("dk", dk_rows[j]), t.sum("dv", dv_rows[j])
-                G_column = t.empty(
-                    "G_column", (t.kt.size(0), t.parts, t.kt.size(2)), t.wide
-                ).zero_()
+                G_column = t.zeros("G_column", t.kt.size(0), t.parts, t.kt.size(2))
                 for i in range(j, len(dq_rows)):
                     G = t.empty("G", (*dy_blocks[i].shape[:2], vt_j.size(2)), t.wide)
                     add_product_(G, dy_blocks[i], vt_j, beta=0.0)

@@ -30,10 +30,8 @@ def is_better(n_logits: int, device: torch.device) -> bool:
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in nats, for (N, C), (V, C), (N,).
-
     Products are computed in the dtype that autocast asks for, all else in float32 at least. The
-    result can be differentiated once.
-    """
+    result can be differentiated once."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

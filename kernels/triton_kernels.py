@@ -140,7 +140,13 @@ FORMS = {
 }
 
 # ----------------------------------------------------------------------------
-# What the kernels share
+# The kernels
+#
+# Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
+# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
+#
+# The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
+# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
 
 
 @triton.jit
@@ -170,7 +176,7 @@ def load_rows(
     """Rows first, first + 1, ... of X (T, HS) as a tile (ROWS, BLOCK_D), with zeros outside X.
     CHECK says whether the tile may reach past row T."""
     rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims  # 64 bits, then 32
+    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims  # 32 bits do in a tile
     if CHECK:
         return tl.load(X, (first + rows < T) & (dims < HS), other=0.0)
     elif HS < BLOCK_D:
@@ -192,7 +198,6 @@ def store_rows(
 @triton.jit
 def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr):
     """z for the rows of tiles a and b: scale a.b, less their norms scale/2 |.|^2 for the distance.
-
     exp(-c/2 |a|^2) is never a factor of its own: it underflows where exp(c a.b) overflows."""
     z = scale * tl.dot(a, tl.trans(b), input_precision="ieee")
     if DISTANCE:
@@ -209,16 +214,6 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
         return tl.load(X + rows, rows < T, other=0.0)
     else:
         return tl.load(X + rows)
-
-
-# ----------------------------------------------------------------------------
-# The kernels
-#
-# Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
-# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
-#
-# The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
-# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
 
 
 @triton.jit
@@ -253,7 +248,6 @@ def forward_kernel(
     if DISTANCE:
         q_norm = 0.5 * scale * tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
         tl.store(Q_norm + rows, q_norm, rows < T)
-
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else 0
@@ -289,7 +283,6 @@ def dq_kernel(
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, True)
     q_norm = load_norms(Q_norm, rows, T, True, DISTANCE)
-
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for DIAGONAL in tl.static_range(2):
@@ -340,7 +333,6 @@ def dkv_kernel(
     k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
     v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
     k_norm = load_norms(K_norm, cols, T, True, DISTANCE)
-
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     col_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -382,8 +374,7 @@ KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 class Blocks(NamedTuple):
     """How a kernel cuts up its work: BLOCK_M queries by BLOCK_N keys, on num_warps warps of 32
     threads, with num_stages tiles in shared memory, of which all but one are on their way. maxnreg
-    caps the registers of a thread, so that more programs fit on a multiprocessor (which has 65536).
-    """
+    caps a thread's registers, to fit more programs on a multiprocessor (which has 65536)."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -400,8 +391,7 @@ class Blocks(NamedTuple):
 #   each other's gaps, most of all at head size 64, where f costs as much as the products.
 # - The accumulators set the limit: one of BLOCK_M x hs in forward and dq, two of BLOCK_N x hs in
 #   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
-# - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (in dkv: BLOCK_M
-#   divides BLOCK_N).
+# - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
     ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),  # 128 registers, 24 B, 81 KB, 2 programs
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
