@@ -13,10 +13,9 @@ State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
@@ -72,6 +71,7 @@ POINTWISE = {
 }
 ATTN_TYPES = ("SM", *POINTWISE)
 MAX_N = 16  # in float32, 1 + x / 2^n keeps 24 - n bits of x: beyond 16 squarings it is mostly noise
+fixed = cache(partial)  # the same object for the same f and n, for the caches of others
 
 
 def parse_attn_type(attn_type: str) -> Pointwise | None:
@@ -79,13 +79,12 @@ def parse_attn_type(attn_type: str) -> Pointwise | None:
     ValueError, naming the valid types, for anything else."""
     if attn_type == "SM":
         return None
-    for name, variant in POINTWISE.items():
-        if name.endswith("-n"):
-            match = re.fullmatch(re.escape(name[:-1]) + r"(\d{1,2})", str(attn_type), re.ASCII)
-            if match and 1 <= int(match[1]) <= MAX_N:
-                return variant._replace(f=partial(variant.f, n=int(match[1])))
-        elif attn_type == name:
-            return variant
+    name, n = blockwise.family(str(attn_type))  # GKpoly-8 -> GKpoly-n, 8
+    variant = POINTWISE.get(name)
+    if variant and not name.endswith("-n"):
+        return variant
+    if variant and 1 <= n <= MAX_N:
+        return variant._replace(f=fixed(variant.f, n=n))
     raise ValueError(
         f"attn_type={attn_type!r} is not known; it is one of {', '.join(ATTN_TYPES)}, "
         f"with n a whole number from 1 to {MAX_N}"
@@ -259,15 +258,15 @@ class CausalSelfAttention(nn.Module):
         L = config.pa_length or config.block_size
         self.attend = attention(config.attn_type, L, config.pa_length_power, config.attn_impl)
 
-    def forward(self, x, past=None):
+    def forward(self, x, extend=None):
         B, T, C = x.size()
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs), no copy
             for t in self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
         )
         visible = None
-        if past is not None:
-            k, v, visible = past.extend(k, v)  # of all tokens so far
+        if extend is not None:
+            k, v, visible = extend(k, v)  # of all tokens so far
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout, visible)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
@@ -294,8 +293,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x, extend=None):
+        x = x + self.attn(self.ln_1(x), extend)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -357,7 +356,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache.layer(i))
+            x = block(x, None if cache is None else partial(cache.extend, i))
         return self.transformer.ln_f(x)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
@@ -396,20 +395,16 @@ class GPT(nn.Module):
         return model
 
     def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple,
-        device_type: str,
+        self, weight_decay: float, learning_rate: float, betas: tuple, device_type: str,
         optimizer: str = "adamw",
-    ) -> torch.optim.Optimizer:
+    ) -> torch.optim.Optimizer:  # fmt: skip
         """AdamW, fused where the device has it, or with optimizer='muon' Muon for the blocks'
         matrices and AdamW for the rest. Only matrices and embeddings decay."""
         options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
         trained = [p for p in self.parameters() if p.requires_grad]
         if optimizer == "muon":
-            in_blocks = set(self.transformer.h.parameters())
-            return muon.MuonAdamW(trained, in_blocks, weight_decay, **options)
+            blocks = set(self.transformer.h.parameters())
+            return muon.MuonAdamW(trained, blocks, weight_decay, **options)
         return torch.optim.AdamW(muon.decay_groups(trained, weight_decay), **options)
 
     def estimate_mfu(

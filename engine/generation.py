@@ -7,8 +7,8 @@ one token.
 
 The cache is exact for every attention: a causal row depends on nothing that follows it, and the L
 of PA_f is fixed. When the cache is full (block_size tokens), the oldest `window_stride` tokens are
-dropped and those that remain are computed again, since positions are absolute. With a stride of 1
-that happens for every token, which is what nanoGPT does.
+dropped and those that remain are computed again, since positions are absolute. With a stride of 1,
+that happens for every token, as in nanoGPT.
 """
 
 from collections.abc import Iterator
@@ -25,60 +25,46 @@ class KVCache:
     prompts differ in length or a compiled step needs the same shapes every time.
     """
 
-    def __init__(self, model, B: int, size: int, position: int | Tensor):
+    def __init__(self, model, B: int, size: int):
         config, weight = model.config, model.lm_head.weight
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, B, config.n_head, size, head_size)
+        shape = (config.n_layer, B, config.n_head, size, config.n_embd // config.n_head)
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         # Zeros rather than uninitialised memory, since 0 * NaN is NaN
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
-        self.position = position
+        self.position: int | Tensor = 0
 
-    def layer(self, i: int) -> "LayerCache":
-        return LayerCache(self.k[i], self.v[i], self.position)
-
-
-class LayerCache:
-    """The part of a KVCache that belongs to one layer."""
-
-    def __init__(self, k: Tensor, v: Tensor, position: int | Tensor):
-        self.k, self.v, self.position = k, v, position
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add k, v (B, nh, t, hs) of the next tokens; return k, v of all tokens and a mask.
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add k, v (B, nh, t, hs) of the next tokens; return k, v of all tokens, and a mask.
 
         The mask is None, unless `position` is a tensor: then t is 1, the buffers come back whole,
         and the mask (B, 1, 1, size) says which tokens each row has.
         """
+        all_k, all_v = self.k[layer], self.v[layer]  # (B, nh, size, hs)
         if isinstance(self.position, int):
             end = self.position + k.size(2)
-            self.k[:, :, self.position : end] = k
-            self.v[:, :, self.position : end] = v
-            return self.k[:, :, :end], self.v[:, :, :end], None
+            all_k[:, :, self.position : end] = k
+            all_v[:, :, self.position : end] = v
+            return all_k[:, :, :end], all_v[:, :, :end], None
         position = self.position[:, None, None, None]
         index = position.expand(-1, k.size(1), 1, k.size(3))
-        self.k.scatter_(2, index, k.to(self.k.dtype))
-        self.v.scatter_(2, index, v.to(self.v.dtype))
-        visible = torch.arange(self.k.size(2), device=k.device) <= position  # (B, 1, 1, size)
-        return self.k, self.v, visible
+        all_k.scatter_(2, index, k.to(all_k.dtype))
+        all_v.scatter_(2, index, v.to(all_v.dtype))
+        return all_k, all_v, torch.arange(all_k.size(2), device=k.device) <= position
 
 
 def prefill(model, prompts: list[Tensor], cache: KVCache, rows: Tensor) -> Tensor:
-    """Fill rows (n,) of the cache with prompts of any lengths; (n, V) logits after their ends.
-
-    Each prompt fills n / len(prompts) rows. Shorter prompts are padded behind their ends, where
-    nothing can see the padding.
-    """
+    """Fill rows (n,) of the cache with prompts of any lengths, each n / len(prompts) times; return
+    (n, V) logits after their ends. Nothing can see the padding behind the end of a shorter one."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
     idx = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (len(prompts), T)
     T = idx.size(1)
-    filled = KVCache(model, len(prompts), T, 0)
+    filled = KVCache(model, len(prompts), T)
     x = model.hidden(idx, torch.arange(T, device=idx.device), filled)  # (len(prompts), T, C)
     num_samples = len(rows) // len(prompts)
-    for buffer, new in ((cache.k, filled.k), (cache.v, filled.v)):
-        buffer[:, rows, :, :T] = new.repeat_interleave(num_samples, dim=1)
+    cache.k[:, rows, :, :T] = filled.k.repeat_interleave(num_samples, dim=1)
+    cache.v[:, rows, :, :T] = filled.v.repeat_interleave(num_samples, dim=1)
     last = x[torch.arange(len(prompts), device=x.device), lengths - 1]  # (len(prompts), C)
     return model.lm_head(last).repeat_interleave(num_samples, dim=0)
 
@@ -106,41 +92,29 @@ def draw(
 
 @torch.no_grad()
 def stream(
-    model,
-    prompts: list[Tensor],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    vocab_size: int | None = None,
-    window_stride: int | None = None,
-    uniforms: Tensor | None = None,
-    compile: bool = False,
-) -> Iterator[Tensor]:
+    model, prompts: list[Tensor], num_samples: int, max_new_tokens: int,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    vocab_size: int | None = None, window_stride: int | None = None,
+    uniforms: Tensor | None = None, compile: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield the next token ids (B,), `max_new_tokens` times, where B = len(prompts) num_samples.
 
     A prompt is a vector of ids; its samples are neighbours in B. Temperature 0 takes the likeliest
     token. Ids from `vocab_size` on, which pad a vocabulary, are never drawn. `window_stride` is by
-    default a quarter of block_size. `uniforms` (max_new_tokens, B) in (0, 1] take the place of
-    torch's random numbers. `compile` compiles the step of one token. Raises ValueError for an empty
-    prompt.
+    default a quarter of block_size. `uniforms` (max_new_tokens, B) in (0, 1] replace torch's random
+    numbers. `compile` compiles the step of one token. Raises ValueError for an empty prompt.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     block_size, device = model.config.block_size, prompts[0].device
     stride = min(window_stride or max(1, block_size // 4), block_size)
     prompts = [prompt[-block_size:] for prompt in prompts]
-    # The number of tokens in the cache, of each row
-    lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
-    B, longest = len(lengths), max(lengths)
+    lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]  # in the cache
+    B, size = len(lengths), min(block_size, max(lengths) + max_new_tokens)
     if uniforms is None:
         uniforms = 1 - torch.rand(max_new_tokens, B, device=device)
-
-    size = min(block_size, longest + max_new_tokens)
     uniform_lengths = not compile and len(set(lengths)) == 1
-    cache = KVCache(model, B, size, 0)
-    rows = torch.arange(B, device=device)
+    cache, rows = KVCache(model, B, size), torch.arange(B, device=device)
     logits = prefill(model, prompts, cache, rows)
     # Each row's tokens, of which the first lengths[b] are in the cache
     window = torch.zeros(B, block_size + 1, dtype=torch.long, device=device)

@@ -10,8 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-# The linear layers of a block. `lora_targets` lists some of them, separated by commas, each by its
-# name or by the end of its name after the dot.
+# The linear layers of a block, some of which `lora_targets` lists, separated by commas
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -51,8 +50,7 @@ class LoRALinear(nn.Linear):
 
 
 def linear(config: Any, layer: str, n_in: int, n_out: int) -> nn.Linear:
-    """The linear layer of this name in a model of this GPTConfig, with an adapter if it is one of
-    `lora_targets`."""
+    """The linear layer of this name for this GPTConfig, with an adapter if it is a target."""
     if config.lora_rank and any(matches(layer, t) for t in config.lora_targets.split(",")):
         return LoRALinear(n_in, n_out, config.bias, config.lora_rank, config.lora_alpha)
     return nn.Linear(n_in, n_out, bias=config.bias)
@@ -69,16 +67,13 @@ def init_adapters(model: nn.Module) -> None:
 
 
 def fold_lora(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """The state dict of the same model without adapters: W + (alpha / rank) B A in place of W.
-
-    `config` is the GPTConfig of the model that `state` belongs to.
-    """
+    """The state dict of the same model, of this GPTConfig, with W + (alpha / rank) B A in place of
+    each W that has an adapter."""
     folded = {name: t for name, t in state.items() if ".lora_" not in name}
     for name in state:
         layer, _, kind = name.rpartition(".")
         if kind == "lora_A":
+            scale = config.lora_alpha / config.lora_rank
             BA = state[f"{layer}.lora_B"] @ state[name]
-            folded[f"{layer}.weight"] = state[f"{layer}.weight"] + BA * (
-                config.lora_alpha / config.lora_rank
-            )
+            folded[f"{layer}.weight"] = state[f"{layer}.weight"] + BA * scale
     return folded

@@ -24,16 +24,11 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(
-        self,
-        params: list[Tensor],
-        in_blocks: set[Tensor],
-        weight_decay: float,
-        lr: float,
-        **options,
+        self, params: list[Tensor], blocks: set[Tensor], weight_decay: float, lr: float, **options
     ):
-        """Of `params`, Muon gets the matrices among `in_blocks`. `options` are AdamW's."""
-        matrices = [p for p in params if p.dim() == 2 and p in in_blocks]
-        others = [p for p in params if p.dim() != 2 or p not in in_blocks]
+        """Of `params`, Muon gets the matrices among `blocks`. `options` are AdamW's."""
+        matrices = [p for p in params if p.dim() == 2 and p in blocks]
+        others = [p for p in params if p.dim() != 2 or p not in blocks]
         muon = Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
         adamw = AdamW(decay_groups(others, weight_decay), lr=lr, **options)
         self.parts = [(muon, slice(0, 1)), (adamw, slice(1, None))]  # with their groups below

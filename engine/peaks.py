@@ -38,6 +38,5 @@ def flops_per_token(model: torch.nn.Module, T: int) -> int:
     """
     positions = model.transformer.wpe.weight
     weights = [p for p in model.parameters() if p is not positions]
-    N = sum(p.numel() for p in weights)
-    frozen = sum(p.numel() for p in weights if not p.requires_grad)
-    return 6 * N - 2 * frozen + 12 * model.config.n_layer * model.config.n_embd * T
+    matrices = sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
+    return matrices + 12 * model.config.n_layer * model.config.n_embd * T

@@ -14,7 +14,6 @@ from engine.network import HUB, reachable
 # The keys that export.py adds to config.json: which attention the weights were trained with
 ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
-FIXED = {*SIZES, "block_size", "bias"}  # what the weights decide
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> ours
@@ -23,20 +22,18 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its 
 def read_gpt2(
     name: str, Config: Callable[..., Any], overrides: dict, pa_length: int | None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """A GPT-2 of the hub (its name) or of a local folder, as (Config(...), state dict).
-
-    `Config` is GPTConfig. `overrides` are those of its arguments that take precedence over
-    config.json; `pa_length` counts if neither has one. Raises OSError if the model can be had
-    nowhere, ValueError if it is damaged or not a GPT-2 as model.py has it.
-    """
+    """A GPT-2 of the hub (its name) or of a local folder, as (Config(...), state dict); `Config` is
+    GPTConfig. `overrides` are those of its arguments that take precedence over config.json, and
+    `pa_length` counts if neither has one. Raises OSError if the model can be had nowhere,
+    ValueError if it is damaged or not a GPT-2 as model.py has it."""
     from transformers import AutoConfig, GPT2LMHeadModel
 
-    if fixed := sorted(overrides.keys() & FIXED):
+    if fixed := sorted(overrides.keys() & {*SIZES, "block_size", "bias"}):
         raise ValueError(f"{', '.join(fixed)} can't be overridden in {name}")
     is_folder = Path(name).is_dir()
     try:
-        local = is_folder or not reachable(HUB)  # without the hub, its cache may have the model
-        options = {"local_files_only": local}
+        # Without the hub, its cache may have the model
+        options = {"local_files_only": is_folder or not reachable(HUB)}
         hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
         hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)

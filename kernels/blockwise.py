@@ -10,8 +10,8 @@ With x and f as in model.py's registry, A[i, j] = f(x[i, j]) for j <= i and 0 ab
     dq_i = c sum_j G_ij (k_j - q_i),   dk_j = c sum_i G_ij (q_i - k_j)      for 'distance'
 
 Nothing is normalised over j, so a tile needs nothing from the other tiles of its row, and backward
-recomputes it from q, k and v alone. The constants 1 / divisor and c enter only in the last, small
-sums. On a CPU, what GK and GKpoly-n do between the matrix products is compiled from tile.c.
+recomputes it from q, k and v alone. On a CPU, what GK and GKpoly-n do between the matrix products
+is compiled from tile.c.
 
 Shapes: B batch, nh heads, T sequence length, hs head size. A tile holds N of the B nh heads, `size`
 rows i and `size` columns j (fewer at the end of a sequence).
@@ -25,8 +25,9 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def with_torchs_derivative(f_, backward, *args):
     return apply_
 
 
-# For the entries of model.py's registry that have these names
+# By the names of model.py's registry
 HAND_WRITTEN = {
     "GK": exp_,
     "GKpoly-n": gaussian_poly_,
@@ -135,33 +136,23 @@ def by_autograd_(x, g=None, *, f):
     return A.detach()
 
 
-def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor] | None:
-    """The f_ of HAND_WRITTEN for the registry's entry `name` ('GK', 'GKpoly-8', 'PA_relu', ...).
-
-    None if there is none, or if the registry's f computes something else: somebody edited it.
-    """
-    if isinstance(f, partial):  # GKpoly-n's is a new object each time, which would fill the cache
-        return _hand_written(name, f.func, f.args, tuple(f.keywords.items()))
-    return _hand_written(name, f)
+def family(name: str) -> tuple[str, int]:
+    """The registry's key for an attn_type, and its n, or 0: 'GKpoly-8' -> ('GKpoly-n', 8)."""
+    match = re.fullmatch(r"(.+-)([0-9]{1,2})", name)
+    return (match[1] + "n", int(match[2])) if match else (name, 0)
 
 
 @cache
-def _hand_written(name, f, args=(), keywords=()):
-    family = re.sub(r"-\d+$", "-n", name)
-    f_ = HAND_WRITTEN.get(family)
-    if f_ is None:
+def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor] | None:
+    """The f_ of HAND_WRITTEN for this attn_type. None if there is none, or if the registry's f has
+    been edited, so that it computes something else."""
+    key, n = family(name)
+    if key not in HAND_WRITTEN:
         return None
-    if family != name:
-        f_ = partial(f_, n=int(name.rpartition("-")[2]))
+    f_ = partial(HAND_WRITTEN[key], n=n) if n else HAND_WRITTEN[key]
     near, far = (torch.linspace(-x, x, 61, dtype=torch.float64, device="cpu") for x in (3, 100))
     x = torch.cat((near, far))
-    same = torch.allclose(f_(x.clone()), f(x, *args, **dict(keywords)), rtol=1e-9, atol=0)
-    return f_ if same else None
-
-
-def in_place(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The f_ for the registry's f under `name`: written by hand, or else by autograd."""
-    return hand_written(name, f) or partial(by_autograd_, f=f)
+    return f_ if torch.allclose(f_(x.clone()), f(x), rtol=1e-9, atol=0) else None
 
 
 # ----------------------------------------------------------------------------
@@ -172,10 +163,8 @@ PART = 32  # rows of a tile over which G is summed at a time, so that no thread 
 
 @cache
 def compiled_tile(n: int | None = None) -> Callable | None:
-    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it.
-
-    Each process that needs it compiles it, for exactly this CPU, in a quarter of a second.
-    """
+    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it. Each
+    process that needs it compiles it, for exactly this CPU, in a quarter of a second."""
     flags = ["-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
     # A loop split at the diagonal would be two loops, neither of which fills its vectors
     flags += ["-fopenmp", "-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
@@ -183,13 +172,13 @@ def compiled_tile(n: int | None = None) -> Callable | None:
         flags += ["-mprefer-vector-width=512"]  # by default GCC uses half of AVX-512's width
     if n is not None:
         flags += [f"-DSQUARINGS={n}"]
-    source = str(Path(__file__).with_name("tile.c"))
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
     try:
-        command = [*shlex.split(os.environ.get("CC") or "cc"), *flags, source]
+        compiler = shlex.split(os.environ.get("CC") or "cc")
         with tempfile.TemporaryDirectory() as folder:
             library = f"{folder}/tile.so"
-            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
-            subprocess.run([*command, "-o", library], check=True, **options)
+            command = [*compiler, *flags, Path(__file__).with_name("tile.c"), "-o", library]
+            subprocess.run(command, check=True, **options)
             tile = ctypes.CDLL(library).tile
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         return None
@@ -205,11 +194,8 @@ def compiled_tile(n: int | None = None) -> Callable | None:
 
 def one_pass(f_: Callable) -> Callable | None:
     """The compiled tile for f_; None if there is none."""
-    if f_ is exp_:
-        return compiled_tile()
-    if isinstance(f_, partial) and f_.func is gaussian_poly_:
-        return compiled_tile(**f_.keywords)
-    return None
+    function, n = (f_.func, f_.keywords) if isinstance(f_, partial) else (f_, {})
+    return compiled_tile(**n) if function in (exp_, gaussian_poly_) else None
 
 
 # ----------------------------------------------------------------------------
@@ -219,11 +205,10 @@ def one_pass(f_: Callable) -> Callable | None:
 def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[int, int]:
     """(rows = columns of a tile, heads in a tile at most).
 
-    Small tiles save arithmetic: half of each tile on the diagonal is wasted, a share size / T of
-    all. Many heads at once save calls: a tile costs some 15 of them forward and backward, of a few
-    microseconds each. But a tile and its gradient should stay in the cache: at most 2^17 elements
-    (512 KiB in float32) per thread, measured on 2 cores with 2 MiB of L2 each. A GPU's launches
-    cost more and its memory is fast: 2^25 elements (not measured).
+    Small tiles save arithmetic, as half of each tile on the diagonal is wasted. Many heads at once
+    save calls: a tile costs some 15 of them, of a few microseconds each. But a tile and its
+    gradient should stay in the cache: at most 2^17 elements (512 KiB in float32) per thread,
+    measured on 2 cores with 2 MiB of L2 each. On a GPU, 2^25 elements (not measured).
     """
     if device.type != "cpu":
         size, elements = 512, 2**25
@@ -233,17 +218,10 @@ def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[i
     return size, max(1, elements // size**2)
 
 
-def head_groups(B: int, nh: int, at_most: int) -> Iterator[tuple[slice, slice]]:
-    """Slices (b, h) of batch and heads with `at_most` heads each, of equal size where possible: all
-    heads of some sequences, or some heads of one."""
-
-    def parts(length, at_most):
-        step = math.ceil(length / math.ceil(length / max(1, at_most)))
-        return [slice(i, i + step) for i in range(0, length, step)]
-
-    for b in parts(B, at_most // nh):
-        for h in parts(nh, at_most):
-            yield b, h
+def slices(length: int, at_most: int) -> list[slice]:
+    """Slices of range(length), of equal size where possible, of at most max(1, `at_most`) each."""
+    step = math.ceil(length / math.ceil(length / max(1, at_most)))
+    return [slice(i, i + step) for i in range(0, length, step)]
 
 
 def add_product_(acc: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
@@ -271,15 +249,17 @@ class Tiles:
         self.c = 1 / math.sqrt(q.size(3))
         self.keep = 1 - dropout
         self.scale = 1 / (divisor * self.keep)
+        B, nh, T, _ = q.shape
         self.size, heads = tile_size(*q.shape, q.device)
-        self.groups = list(head_groups(*q.shape[:2], heads))
+        # All heads of some sequences, or some heads of one
+        self.groups = list(product(slices(B, heads // nh), slices(nh, heads)))
         # Scores, weights and sums are float32 at least: a distance between half-precision vectors
         # is a small difference of large numbers. On CUDA the factors of a product stay half.
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.narrow = q.dtype if q.is_cuda else self.wide
         compilable = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
         self.tile = one_pass(self.f_) if compilable else None
-        self.parts = math.ceil(min(self.size, q.size(2)) / PART) if self.tile else 1
+        self.parts = math.ceil(min(self.size, T) / PART) if self.tile else 1
         self.device, self.memory = q.device, {}
         if dropout:
             # Forward and backward walk the tiles in the same order: same seed, same masks
@@ -300,14 +280,10 @@ class Tiles:
 
     def blocks(self, name: str, t: Tensor) -> list[Tensor]:
         """(b, h, T, hs) -> blocks of rows to multiply, each (N, size, hs); views where possible."""
-        rows = self.rows(t)
         mergeable = 1 in t.shape[:2] or t.stride(0) == t.size(1) * t.stride(1)
         if t.dtype != self.narrow or t.stride(3) != 1 or not mergeable:
-            rows = [
-                self.empty((name, i), row.shape, self.narrow).copy_(row)
-                for i, row in enumerate(rows)
-            ]
-        return [row.flatten(0, 1) for row in rows]
+            t = self.empty(name, t.shape, self.narrow).copy_(t)
+        return [row.flatten(0, 1) for row in self.rows(t)]
 
     def transposed(self, name: str, row: Tensor) -> Tensor:
         """(b, h, size, hs) -> (N, hs, size), a copy, with which q k^T is a fifth faster."""
@@ -321,12 +297,8 @@ class Tiles:
         """Keep the q (b, h, T, hs) of a group of heads and, for a distance, -c/2 |q|^2."""
         self.q = self.blocks("q", q)
         if self.distance:
-            self.q_norm = [
-                torch.linalg.vector_norm(q_i, dim=2, keepdim=True, dtype=self.wide)
-                .square_()
-                .mul_(-self.c / 2)
-                for q_i in self.q
-            ]
+            norm = partial(torch.linalg.vector_norm, dim=2, keepdim=True, dtype=self.wide)
+            self.q_norm = [norm(q_i).square_().mul_(-self.c / 2) for q_i in self.q]
 
     def take_columns(self, k_j: Tensor) -> None:
         """Keep a block (b, h, size, hs) of k and, for a distance, -c/2 |k|^2."""
@@ -337,12 +309,7 @@ class Tiles:
             self.k_norm = square.sum(1, keepdim=True).mul_(-self.c / 2)
 
     def weights(
-        self,
-        i: int,
-        j: int,
-        G: Tensor | None = None,
-        G_row: Tensor | None = None,
-        G_column: Tensor | None = None,
+        self, i: int, j: int, G: Tensor | None = None, G_row: Tensor = None, G_column: Tensor = None
     ) -> tuple[Tensor, Tensor | None]:
         """Tile (i, j) of A, dropout included, and from G = dy v^T, if given, the gradient of x.
 
@@ -419,15 +386,9 @@ def blockwise_forward(
 
 @torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
 def blockwise_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    name: str,
-    divisor: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    seed: Tensor | None, name: str, divisor: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
     dq, dk, dv = (empty_heads_last(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
@@ -488,7 +449,8 @@ def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     strides. y has the same shape, with its heads last in memory; dropout is of weights. A later
     call with the same name and another entry changes what the earlier callables compute.
     """
-    REGISTERED[name] = (variant.score, in_place(name, variant.f))
+    f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
+    REGISTERED[name] = variant.score, f_
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it

@@ -14,17 +14,10 @@ Implementation = Literal["auto", "reference", "blockwise", "triton"]
 
 
 def refusals(
-    attn_type: str,
-    variant,
-    head_size: int,
-    dtype: torch.dtype,
-    device: Device,
-    dropout: float = 0.0,
+    attn_type: str, variant, head_size: int, dtype: torch.dtype, device: Device, dropout: float
 ) -> dict[str, str | None]:
     """For each implementation, the fastest first: one line on why it can't run, None if it can.
-
-    `variant` is the registry's entry for `attn_type`, None for softmax.
-    """
+    `variant` is the registry's entry for `attn_type`, None for softmax."""
     if variant is None:
         return {"SDPA": None}
     device = torch.device(device)

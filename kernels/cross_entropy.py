@@ -8,8 +8,8 @@ holds several such tensors. Here logits are computed for a chunk of positions at
     loss = sum_i (lse_i - logits[i, target_i]) / n
     G = softmax(logits) - onehot(target),   dx = G W / n,   dW = sum over the chunks of G^T x / n
 
-Forward computes the gradients too, while it has the chunk: the loss is the last thing that a model
-computes, so all that is left for backward is to multiply them by a number.
+Forward computes the gradients too, while it has the chunk. As the loss is the last thing that a
+model computes, backward only multiplies them by a number.
 """
 
 import torch
@@ -22,21 +22,16 @@ CHUNK = 2**24  # logits at once: 64 MiB in float32
 
 
 def is_better(n_logits: int, device: torch.device) -> bool:
-    """Whether chunks are better than all logits at once.
-
-    On a CPU, where fresh memory is slow, they are faster from about 2^22 logits on (1.7 times at
-    2048 x 50304). On a GPU, where torch.compile fuses the plain loss, they only save memory, which
-    matters from 2^30 logits on (not measured).
-    """
+    """Whether chunks are better than all logits at once. On a CPU, where fresh memory is slow, they
+    are faster from about 2^22 logits on (1.7 times at 2048 x 50304). On a GPU, where torch.compile
+    fuses the plain loss, they only save memory, which matters from 2^30 on (not measured)."""
     return n_logits >= (2**22 if device.type == "cpu" else 2**30)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in nats, for (N, C), (V, C), (N,).
-
     Products are computed in the dtype that autocast asks for, all else in float32 at least. The
-    result can be differentiated once.
-    """
+    result can be differentiated once."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

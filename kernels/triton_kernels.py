@@ -1,30 +1,20 @@
 """
-Fused causal pointwise attention for CUDA, as Triton kernels: forward and backward, head sizes up
-to 256, every attention of model.py's registry.
-
-    x[i, j] = c q_i . k_j   or   -c/2 |q_i - k_j|^2        c = 1/sqrt(hs)
-    A[i, j] = f(x[i, j]) for j <= i, else 0
-    y = A v / divisor
+Fused causal pointwise attention for CUDA, as Triton kernels: blockwise.py's formulas for every
+attention of model.py's registry and head sizes up to 256.
 
 There is no row maximum, no rescaling and no log-sum-exp: a block of A is one matrix product, a
-pointwise function, and another matrix product. What the backward needs is q, k, v (and, for the
-distance, their norms); it recomputes A block by block. With dP = dy v^T and G = f'(x) * dP:
+pointwise function, and another matrix product. Backward recomputes A block by block.
 
-    dv = A^T dy / divisor
-    dq = c/divisor (G k - rowsum(G) q)                     the sums only for the distance
-    dk = c/divisor (G^T q - colsum(G) k)
-
-Shapes as in model.py: B batch, nh heads, T sequence length, hs head size. In the kernels, rows
-are queries (i) and cols are keys (j); BLOCK_D is hs padded to a power of two. Everything is
-accumulated in float32. float32 inputs are multiplied in full precision (`ieee`, not TF32): a
-distance is a small difference of large numbers. That is right, and slow.
+Shapes as in blockwise.py. In the kernels, rows are queries (i) and cols are keys (j); BLOCK_D is hs
+padded to a power of two. Sums are float32. float32 inputs are multiplied in full precision (`ieee`,
+not TF32), which is slow, but a distance is a small difference of large numbers.
 
 `triton_attention` is the entry; `refusal` says where it can't run, and why. An attention has a
 Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formula to compare with.
 """
 
 import math
-import re
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -32,14 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blockwise import empty_heads_last, hand_written
+from kernels.blockwise import empty_heads_last, family, hand_written
 
 # ----------------------------------------------------------------------------
 # The pointwise functions: each takes a tile of scores in float32 and returns f and f' = df/dx.
-# The forward asks for f alone, and the compiler drops the rest.
-#
-# z is x times the attention's `unit` (see FORMS), which saves a multiplication per score: with
-# unit = log2(e), exp(x) is the exp2(z) that the hardware has.
+# Forward takes f alone, and the compiler drops the rest. z is x times the attention's `unit` (see
+# FORMS), which saves a multiplication per score: exp(x) = exp2(z), which the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -54,13 +42,9 @@ def gaussian(z, n):
 @triton.jit
 def gaussian_poly(z, n: tl.constexpr):
     """(1 + x / 2^n)^(2^n), z = x / 2^n: with a = 1 + z, n squarings. f' = a^(2^n - 1), the product
-    a a^2 a^4 ..., and not f / a, which is 0 / 0 at a = 0.
-
-    In a = 1 + z the low bits of z are lost, and the squarings double that error n times. So all but
-    the last 6 squarings work on e = a - 1, where (1 + e)^2 - 1 = e (2 + e) loses nothing.
-    """
-    e = z
-    a = 1.0 + z
+    a a^2 a^4 ..., and not f / a, which is 0 / 0 at a = 0. All squarings but the last 6 work on
+    e = a - 1, by (1 + e)^2 - 1 = e (2 + e): blockwise.gaussian_poly_ says why."""
+    e, a = z, 1.0 + z
     slope = a
     for i in tl.static_range(1, n + 1):
         if i <= n - 6:
@@ -156,27 +140,32 @@ FORMS = {
 }
 
 # ----------------------------------------------------------------------------
-# What the kernels share
+# The kernels
+#
+# Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
+# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
+#
+# The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
+# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
 
 
 @triton.jit
-def head_and_rank(blocks, group):
-    """The head of this program, and how many blocks of that head are longer than its own.
+def assigned_head(T, nh, group, stride_b, stride_h, BLOCK: tl.constexpr, HS: tl.constexpr):
+    """How many blocks of its head are longer than this program's, and where that head begins in
+    (B, nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T), in 64 bits.
 
     Heads are taken in groups whose keys and values fit in the L2 cache together; within a group all
     heads do their longest block first, so that the last programs to start are the shortest.
     """
+    blocks = tl.cdiv(T, BLOCK)
     pid = tl.program_id(0)
     first_head = pid // (group * blocks) * group
     group_heads = tl.minimum(group, tl.num_programs(0) // blocks - first_head)
     pid = pid % (group * blocks)
-    return first_head + pid % group_heads, pid // group_heads
-
-
-@triton.jit
-def head_start(head, nh, stride_b, stride_h):
-    """Offset of a head's first element, `head` counting through (B, nh). In 64 bits."""
-    return tl.cast(head // nh, tl.int64) * stride_b + tl.cast(head % nh, tl.int64) * stride_h
+    head = first_head + pid % group_heads
+    b, h = tl.cast(head // nh, tl.int64), tl.cast(head % nh, tl.int64)
+    start, y_start = b * stride_b + h * stride_h, b * T * nh * HS + h * HS
+    return pid // group_heads, start, y_start, tl.cast(head, tl.int64) * T
 
 
 @triton.jit
@@ -186,15 +175,14 @@ def load_rows(
 ):  # fmt: skip
     """Rows first, first + 1, ... of X (T, HS) as a tile (ROWS, BLOCK_D), with zeros outside X.
     CHECK says whether the tile may reach past row T."""
-    X += tl.cast(first, tl.int64) * stride  # inside a tile 32 bits are enough
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims  # 32 bits do in a tile
     if CHECK:
-        return tl.load(X + rows * stride + dims, (first + rows < T) & (dims < HS), other=0.0)
+        return tl.load(X, (first + rows < T) & (dims < HS), other=0.0)
     elif HS < BLOCK_D:
-        return tl.load(X + rows * stride + dims, dims < HS, other=0.0)
+        return tl.load(X, dims < HS, other=0.0)
     else:
-        return tl.load(X + rows * stride + dims)
+        return tl.load(X)
 
 
 @triton.jit
@@ -202,17 +190,14 @@ def store_rows(
     X, first, T, stride, tile, ROWS: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The inverse of load_rows: what lies outside X (T, HS) is dropped."""
-    X += tl.cast(first, tl.int64) * stride
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
-    mask = (first + rows < T) & (dims < HS)
-    tl.store(X + rows * stride + dims, tile.to(X.dtype.element_ty), mask)
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    X = X + tl.cast(first, tl.int64) * stride + rows * stride + dims
+    tl.store(X, tile.to(X.dtype.element_ty), (first + rows < T) & (dims < HS))
 
 
 @triton.jit
 def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr):
     """z for the rows of tiles a and b: scale a.b, less their norms scale/2 |.|^2 for the distance.
-
     exp(-c/2 |a|^2) is never a factor of its own: it underflows where exp(c a.b) overflows."""
     z = scale * tl.dot(a, tl.trans(b), input_precision="ieee")
     if DISTANCE:
@@ -231,32 +216,16 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
         return tl.load(X + rows)
 
 
-# ----------------------------------------------------------------------------
-# The kernels
-#
-# Q, K, V point to (B, nh, T, hs) with one set of strides (stride_b, stride_h, stride_t, 1), such as
-# views of c_attn's output have. Y, dY, dQ, dK, dV are views (B, nh, T, hs) of contiguous
-# (B, T, nh, hs). Norms are (B, nh, T) in float32.
-#
-# The loops run over the blocks wholly below the diagonal, which need no mask, and over the few on
-# the diagonal, where A and G get zeros by a select: whatever f makes of a hidden score, be it inf
-# or NaN, is dropped.
-
-
 @triton.jit
 def norm_kernel(
     K, K_norm, stride_b, stride_h, stride_t, nh, T, c, unit,
     BLOCK: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """K_norm[j] = c/2 unit |k_j|^2, from k as it is given, rounded, for a block of cols j."""
-    blocks = tl.cdiv(T, BLOCK)
-    head = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
-    cols = first + tl.arange(0, BLOCK)
-    K += head_start(head, nh, stride_b, stride_h)
-    k = load_rows(K, first, T, stride_t, BLOCK, HS, BLOCK_D, True).to(tl.float32)
-    K_norm += tl.cast(head, tl.int64) * T
-    tl.store(K_norm + cols, 0.5 * c * unit * tl.sum(k * k, axis=1), cols < T)
+    rank, k_start, _, norm_start = assigned_head(T, nh, 1, stride_b, stride_h, BLOCK, HS)
+    cols = rank * BLOCK + tl.arange(0, BLOCK)
+    k = load_rows(K + k_start, rank * BLOCK, T, stride_t, BLOCK, HS, BLOCK_D, True).to(tl.float32)
+    tl.store(K_norm + norm_start + cols, 0.5 * c * unit * tl.sum(k * k, axis=1), cols < T)
 
 
 @triton.jit
@@ -267,22 +236,18 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y_i = 1/divisor sum_j f(x_ij) v_j for BLOCK_M rows i. Writes Q_norm too, for the backward."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
+    Q, K, V, Y = Q + start, K + start, V + start, Y + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
-    first_row = (blocks - 1 - rank) * BLOCK_M
+    first_row = (tl.cdiv(T, BLOCK_M) - 1 - rank) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    Y += head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     q_norm = 0.0
     if DISTANCE:
         q_norm = 0.5 * scale * tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
         tl.store(Q_norm + rows, q_norm, rows < T)
-
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else 0
@@ -308,21 +273,16 @@ def dq_kernel(
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
     distance's, and adds up G as rounded for the first, so that what should cancel does."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
+    Q, K, V, dY, dQ = Q + start, K + start, V + start, dY + y_start, dQ + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
-    first_row = (blocks - 1 - rank) * BLOCK_M
+    first_row = (tl.cdiv(T, BLOCK_M) - 1 - rank) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    dY, dQ = dY + start, dQ + start
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, True)
     q_norm = load_norms(Q_norm, rows, T, True, DISTANCE)
-
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for DIAGONAL in tl.static_range(2):
@@ -362,21 +322,17 @@ def dkv_kernel(
 
     RAGGED says that T is no multiple of BLOCK_M. A row past T meets dy = 0, but f of it may be inf.
     """
-    blocks = tl.cdiv(T, BLOCK_N)
-    head, rank = head_and_rank(blocks, group)
+    rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_N, HS)
+    Q, K, V = Q + start, K + start, V + start
+    dY, dK, dV = dY + y_start, dK + y_start, dV + y_start
+    Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
     scale = c * unit
     first_col = rank * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
-    start = head_start(head, nh, stride_b, stride_h)
-    Q, K, V = Q + start, K + start, V + start
-    start = head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
-    dY, dK, dV = dY + start, dK + start, dV + start
-    Q_norm, K_norm = Q_norm + tl.cast(head, tl.int64) * T, K_norm + tl.cast(head, tl.int64) * T
 
     k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
     v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
     k_norm = load_norms(K_norm, cols, T, True, DISTANCE)
-
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     col_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -409,6 +365,8 @@ def dkv_kernel(
     store_rows(dV, first_col, T, nh * HS, dv * (1.0 / divisor), BLOCK_N, HS, BLOCK_D)
 
 
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
 # ----------------------------------------------------------------------------
 # Block sizes
 
@@ -416,8 +374,7 @@ def dkv_kernel(
 class Blocks(NamedTuple):
     """How a kernel cuts up its work: BLOCK_M queries by BLOCK_N keys, on num_warps warps of 32
     threads, with num_stages tiles in shared memory, of which all but one are on their way. maxnreg
-    caps the registers of a thread, so that more programs fit on a multiprocessor (which has 65536).
-    """
+    caps a thread's registers, to fit more programs on a multiprocessor (which has 65536)."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -426,17 +383,15 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None
 
 
-# (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line is
-# what the compiler makes of it for sm_90 and the worst of the attentions, Triton 3.9: registers,
-# bytes on the stack (spills), shared memory, programs per multiprocessor. Why these:
-#
+# (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line,
+# for the worst of the attentions on sm_90 (Triton 3.9): registers, bytes on the stack (spills),
+# shared memory, programs per multiprocessor. Why these:
 # - wgmma multiplies 64 rows per 4 warps; wider tiles read shared memory less often per product.
 # - A program alternates between tensor cores and f. Two or three of them on a multiprocessor fill
 #   each other's gaps, most of all at head size 64, where f costs as much as the products.
 # - The accumulators set the limit: one of BLOCK_M x hs in forward and dq, two of BLOCK_N x hs in
 #   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
-# - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (in dkv: BLOCK_M
-#   divides BLOCK_N).
+# - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
     ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),  # 128 registers, 24 B, 81 KB, 2 programs
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
@@ -450,15 +405,9 @@ BLOCKS = {
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
-    ("forward", 64): Blocks(32, 32, 8, 2),
-    ("forward", 128): Blocks(32, 32, 8, 2),
-    ("forward", 256): Blocks(32, 16, 8, 2),
-    ("dq", 64): Blocks(32, 32, 8, 2),
-    ("dq", 128): Blocks(32, 16, 8, 2),
-    ("dq", 256): Blocks(32, 16, 8, 2),
-    ("dkv", 64): Blocks(32, 32, 8, 2),
-    ("dkv", 128): Blocks(16, 32, 8, 2),
-    ("dkv", 256): Blocks(16, 32, 8, 2),
+    **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
+    **dict.fromkeys([("forward", 256), ("dq", 128), ("dq", 256)], Blocks(32, 16, 8, 2)),
+    **dict.fromkeys([("dkv", 128), ("dkv", 256)], Blocks(16, 32, 8, 2)),
 }
 NORM_ROWS = 64
 # Shared memory that one program may have: the tables count on Hopper's. With two stages, head sizes
@@ -492,16 +441,14 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 # The entry
 
 MAX_HEAD_SIZE = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
 
 
 def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
     """An attn_type -> (score, f and f', unit, n), or None if there is no Triton form of it."""
-    match = re.fullmatch(r"(.+-)(\d+)", name)
-    key, n = (match[1] + "n", int(match[2])) if match else (name, 0)
-    if key not in FORMS or key.endswith("-n") != bool(match):
+    key, n = family(name)
+    if key not in FORMS:
         return None
     score, f, unit = FORMS[key]
     return score, f, unit(n), n
@@ -510,11 +457,8 @@ def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
 def refusal(
     name: str, head_size: int, dtype: torch.dtype, device: torch.device | str, variant=None
 ) -> str | None:
-    """One line on why `triton_attention` can't run this attn_type here; None if it can.
-
-    `variant` is the registry's entry of that name: if somebody has edited it, the kernels would
-    compute another function.
-    """
+    """One line on why `triton_attention` can't run this attn_type here; None if it can. `variant`
+    is the registry's entry: if it was edited, the kernels would compute another function."""
     device, form = torch.device(device), parse(name)
     if form is None:
         return f"{name} has no Triton kernel"
@@ -522,7 +466,7 @@ def refusal(
         return f"the Triton kernel of {name} computes another formula than model.py's registry"
     if head_size > MAX_HEAD_SIZE:
         return f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {head_size}"
-    if dtype not in DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
     if INTERPRETED:
         # Its bfloat16 is made of uint16, and its products of them are wrong
@@ -533,23 +477,21 @@ def refusal(
         return "there is no CUDA device here"
     if torch.version.hip:
         return "the Triton kernels were never tried on ROCm"
+    gpu = torch.cuda.get_device_name(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than Ampere, which Triton needs"
+        return f"{gpu} is older than Ampere, which Triton needs"
     if head_size > 128 and shared_bytes(device) < WIDE_SHARED_BYTES:
-        return (
-            f"{torch.cuda.get_device_name(device)} has too little shared memory above head size 128"
-        )
+        return f"{gpu} has too little shared memory above head size 128"
     return None
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float) -> Tensor:
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
 
-    y_i = sum_{j <= i} f(x_ij) v_j / divisor, in the dtype of q, k and v, which is one of bfloat16,
-    float16 and float32. y is a view of a contiguous (B, T, nh, hs). Views of c_attn's output
-    (B, T, 3, nh, hs) are read where they are; q, k, v whose strides differ are copied first.
-    Differentiable once; every result is the same bit for bit in every run. Raises ValueError
-    where `refusal` has a reason.
+    y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
+    (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
+    different strides are copied first. Differentiable once, and the same bit for bit in every run.
+    Raises ValueError where `refusal` has a reason.
     """
     return _forward(q, k, v, name, float(divisor))[0]
 
@@ -568,22 +510,25 @@ def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
-def _norms(q: Tensor, score: str) -> Tensor:
-    B, nh, T, _ = q.shape
-    shape = (B, nh, T) if score == "distance" else (0,)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+def _norms(q: Tensor, name: str) -> Tensor:
+    """Memory for the norms (B, nh, T) of q or k; none for a dot product."""
+    shape = q.shape[:3] if parse(name)[0] == "distance" else (0,)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
-def _launch(kernel, blocks: Blocks, block: int, pointers: tuple, name: str, divisor: float, **more):
-    """Start one program of `kernel` per head and per `block` positions. pointers[0] is q."""
-    q = pointers[0]
+def _launch(kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float) -> None:
+    """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
+    q = tensors[0]
     score, f, unit, n = parse(name)
+    blocks = blocks_for(kernel, q)
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
-    kernel[(B * nh * triton.cdiv(T, block),)](
-        *pointers, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
+    block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
+    ragged = {"RAGGED": T % blocks.BLOCK_M != 0} if kernel == "dkv" else {}
+    KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
+        *tensors, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
         f=f, n=n, DISTANCE=score == "distance", HS=hs, BLOCK_D=padded(hs),
-        enable_fp_fusion=True, **blocks._asdict(), **more,
+        enable_fp_fusion=True, **blocks._asdict(), **ragged,
     )  # fmt: skip
 
 
@@ -594,52 +539,37 @@ def _forward(
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, name)
     q, k, v = _one_set_of_strides(q, k, v)
+    y, q_norm, k_norm = empty_heads_last(q), _norms(q, name), _norms(q, name)
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
-    y, q_norm, k_norm = empty_heads_last(q), _norms(q, score), _norms(q, score)
-    blocks = blocks_for("forward", q)
     with torch.cuda.device_of(q):
         if score == "distance":
             norm_kernel[(B * nh * triton.cdiv(T, NORM_ROWS),)](
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        pointers = (q, k, v, y, q_norm, k_norm)
-        _launch(forward_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
 def _(q, k, v, name, divisor):
     _check(q, k, v, name)
-    score = parse(name)[0]
-    return empty_heads_last(q), _norms(q, score), _norms(q, score)
+    return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
 
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    name: str,
-    divisor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
+    name: str, divisor: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
-    T = q.size(2)
     with torch.cuda.device_of(q):
-        blocks = blocks_for("dkv", q)
-        ragged = T % blocks.BLOCK_M != 0
-        pointers = (q, k, v, dy, dk, dv, q_norm, k_norm)
-        _launch(dkv_kernel, blocks, blocks.BLOCK_N, pointers, name, divisor, RAGGED=ragged)
-        blocks = blocks_for("dq", q)
-        pointers = (q, k, v, dy, dq, q_norm, k_norm)
-        _launch(dq_kernel, blocks, blocks.BLOCK_M, pointers, name, divisor)
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor)
     return dq, dk, dv
 
 
@@ -677,22 +607,16 @@ def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
     process ends. Returns them by kernel. It takes minutes, most of them to compile."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
     y, *norms = _forward(q, k, v, name, 1.0)
-    work = {
-        "forward": lambda: _forward(q, k, v, name, 1.0),
-        "dkv": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-        "dq": lambda: _backward(y, q, k, v, *norms, name, 1.0),
-    }
-    for kernel, launch in work.items():
-        key = kernel, max(64, padded(q.size(-1)))
-        times = {}
+    forward = lambda: _forward(q, k, v, name, 1.0)
+    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0)
+    fastest = {}
+    for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
+        key, times = (kernel, max(64, padded(q.size(-1)))), {}
         for blocks in [table[key], *CANDIDATES]:
             own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
-            if own % other != 0:  # see BLOCKS
-                continue
-            table[key] = blocks
-            try:
-                times[blocks] = triton.testing.do_bench(launch)
-            except triton.runtime.OutOfResources:
-                continue
-        table[key] = min(times, key=times.get)
-    return {kernel: table[kernel, max(64, padded(q.size(-1)))] for kernel in work}
+            if own % other == 0:  # see BLOCKS
+                table[key] = blocks
+                with suppress(triton.runtime.OutOfResources):
+                    times[blocks] = triton.testing.do_bench(launch)
+        fastest[kernel] = table[key] = min(times, key=times.get)
+    return fastest

@@ -245,11 +245,7 @@ def test_what_can_not_run_is_declined_in_one_line(name, head_size, dtype, device
 # ----------------------------------------------------------------------------
 # Compiled for sm_90, without a GPU
 
-KERNELS = {
-    "forward": triton_kernels.forward_kernel,
-    "dq": triton_kernels.dq_kernel,
-    "dkv": triton_kernels.dkv_kernel,
-}
+KERNELS = triton_kernels.KERNELS
 # What a thread may spill to its stack, in bytes: 40 are ten values, most of them outside the loop
 MAX_STACK = {64: 40, 128: 40, 256: 512}
 COMPILED = [
