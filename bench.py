@@ -35,15 +35,9 @@ from configurator import UserError
 from data.dataset import Batches, Dataset, Purpose
 from engine import runtime
 from engine.files import text_table, whole_file
-from engine.nanogpt import NanoGPT, WithLogits
-from engine.runtime import resident
-from engine.start import (
-    ARCHITECTURE,
-    check,
-    choose_implementation,
-    model_overrides,
-)
-from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type, refusals
+from engine.nanogpt import NanoGPT
+from engine.start import ARCHITECTURE, check, choose_implementation, model_overrides
+from model import ATTN_TYPES, GPT, GPTConfig, attention, refusals
 from train import Config, train_step
 
 TURN = 0.1  # seconds for which one function is timed before it is another one's turn
@@ -88,26 +82,30 @@ def seconds_per_call(run: Callable[[], object], rt) -> float:
     return median(seconds[1:] or seconds)
 
 
-def interleave(timers: list[Callable[[], float]], config: BenchConfig) -> list[float]:
-    """Median seconds of each timer. They take turns: what slows the machine slows them all."""
-    rounds = [[timer() for timer in timers] for _ in range(config.warmup + config.steps)]
-    return [median(seconds) for seconds in zip(*rounds[config.warmup :], strict=True)]
-
-
 def peak_memory(run: Callable[[], object], rt) -> float | None:
     """MiB that one call of `run` takes at most beyond those in use before it; None if unknown."""
     if rt.device_type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if rt.device_type != "cpu" or not Path("/proc/self/clear_refs").exists():
+    elif rt.device_type == "cpu" and Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, or its reuse is free
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    else:
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: its reuse would not count
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-    before = resident("VmHWM")
+    before = rt.peak_memory()
     run()
-    return resident("VmHWM") - before
+    return rt.peak_memory() - before
+
+
+def measured_here(run: Callable[[], object], rt) -> Callable:
+    """What NanoGPT.measure is to nanoGPT's process: applies a measurement to `run` in this one."""
+    return lambda measurement: measurement(run, rt)
+
+
+def interleave(measures: list[Callable], config: BenchConfig) -> list[float]:
+    """Median seconds of each run. They take turns: what slows the machine slows them all."""
+    n_rounds = config.warmup + config.steps
+    rounds = [[measure(seconds_per_call) for measure in measures] for _ in range(n_rounds)]
+    return [median(seconds) for seconds in zip(*rounds[config.warmup :], strict=True)]
 
 
 # ----------------------------------------------------------------------------
@@ -124,10 +122,8 @@ def new_model(config: BenchConfig, nanogpt=None) -> torch.nn.Module:
 
 
 class TrainingStep:
-    """The training step of train.py for one configuration; each call takes one step.
-
-    Where nanoGPT's module model.py is given, its model and optimizer replace this project's.
-    """
+    """The training step of train.py, with nanoGPT's model and optimizer where its module model.py
+    is given; each call takes one step."""
 
     def __init__(self, config: BenchConfig, rt, nanogpt=None):
         self.config, self.rt, self.steps = config, rt, count()
@@ -136,8 +132,10 @@ class TrainingStep:
         self.optimizer = self.raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
         )
-        model = self.raw_model if nanogpt is None else WithLogits(self.raw_model)
-        self.model = rt.wrap(rt.compiled(model))
+        if nanogpt is not None:
+            without_keywords = lambda module, args, keywords: (args, {})  # not with_logits
+            self.raw_model.register_forward_pre_hook(without_keywords, with_kwargs=True)
+        self.model = rt.wrap(rt.compiled(self.raw_model))
         self.scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
         micro_steps = rt.share(config.gradient_accumulation_steps)
         self.batches = Batches(self.load, micro_steps, 0, sys.maxsize)
@@ -152,38 +150,28 @@ class TrainingStep:
         return self.rt.to_device(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def __call__(self) -> None:
-        rt, config, step = self.rt, self.config, next(self.steps)
-        train_step(self.model, self.optimizer, self.scaler, self.batches, rt, config, step)
+        state = self.model, self.optimizer, self.scaler, self.batches
+        train_step(*state, self.rt, self.config, next(self.steps))
 
 
 def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
     """A row for the training step of each configuration, nanoGPT's first."""
     config = configs[0]
-    names = [(c.attn_type, choose_implementation(c, rt)) for c in configs]
+    rows = [{"attn_type": c.attn_type, "impl": choose_implementation(c, rt)} for c in configs]
     steps = [TrainingStep(c, rt) for c in configs]
-    timers = [partial(seconds_per_call, step, rt) for step in steps]
-    peaks = [partial(peak_memory, step, rt) for step in steps]
+    measures = [measured_here(step, rt) for step in steps]
     if config.nanogpt:
         nanogpt = NanoGPT(TrainingStep, config)
-        names.insert(0, ("nanoGPT", "SDPA"))
-        timers.insert(0, partial(nanogpt.measure, seconds_per_call))
-        peaks.insert(0, partial(nanogpt.measure, peak_memory))
-    times = interleave(timers, config)
+        rows.insert(0, {"attn_type": "nanoGPT", "impl": "SDPA"})
+        measures.insert(0, nanogpt.measure)
+    times = interleave(measures, config)
     sequences, T = config.gradient_accumulation_steps * config.batch_size, config.block_size
-    rows = [
-        {
-            "attn_type": attn_type,
-            "impl": impl,
-            "T": T,
-            "B": config.batch_size,
-            "ms": 1000 * seconds,
-            "times_first": seconds / times[0],
-            "tokens_per_s": sequences * T / seconds,
-            "mfu": steps[0].raw_model.estimate_mfu(sequences // rt.world_size, seconds, T),
-            "peak_MiB": peak(),
-        }
-        for (attn_type, impl), seconds, peak in zip(names, times, peaks, strict=True)
-    ]
+    for row, measure, seconds in zip(rows, measures, times, strict=True):
+        row |= {"T": T, "B": config.batch_size, "ms": 1000 * seconds}
+        row["times_first"] = seconds / times[0]
+        row["tokens_per_s"] = sequences * T / seconds
+        row["mfu"] = steps[0].raw_model.estimate_mfu(sequences // rt.world_size, seconds, T)
+        row["peak_MiB"] = measure(peak_memory)
     if config.nanogpt:
         nanogpt.close()
     return rows
@@ -191,19 +179,14 @@ def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
 
 def profile(config: BenchConfig, rt) -> None:
     """Run the counted steps under torch's profiler; print the costliest operations."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
     step = TrainingStep(config, rt)
     for _ in range(config.warmup):
         step()
-    activities, key = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if rt.device_type == "cuda":
-        activities, key = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
-    with torch_profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         for _ in range(config.steps):
             step()
         rt.synchronize()
+    key = f"self_{'cuda' if rt.device_type == 'cuda' else 'cpu'}_time_total"
     rt.print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40))
     if rt.is_main:
         trace = Path(config.out_dir) / "trace.json"
@@ -218,11 +201,6 @@ def profile(config: BenchConfig, rt) -> None:
 
 def lengths(config: BenchConfig) -> list[int]:
     return [T for T in (config.min_T * 4**i for i in range(20)) if T <= config.max_T]
-
-
-def forward(attend, q, k, v) -> None:
-    with torch.no_grad():
-        attend(q, k, v)
 
 
 def forward_backward(attend, q, k, v, dy) -> None:
@@ -244,20 +222,14 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
                 continue
             attend = attention(attn_type, T, impl=impl)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
-            forwards.append(partial(forward, attend, q, k, v))
-            both_ways.append(partial(forward_backward, attend, q, k, v, dy))
+            forwards.append(measured_here(partial(torch.no_grad()(attend), q, k, v), rt))
+            both_ways.append(measured_here(partial(forward_backward, attend, q, k, v, dy), rt))
     flops = 4 * n_weights * hs / 2  # two causal products; the backward has five
-    times, times_both_ways = (
-        interleave([partial(seconds_per_call, run, rt) for run in runs], config)
-        for runs in (forwards, both_ways)
-    )
-    for row, run, fwd, fwd_bwd in zip(rows, both_ways, times, times_both_ways, strict=True):
-        row["fwd_ms"] = 1000 * fwd
-        row["fwd_bwd_ms"] = 1000 * fwd_bwd
-        row["fwd_TFLOPs"] = flops / fwd / 1e12
-        row["fwd_bwd_TFLOPs"] = 3.5 * flops / fwd_bwd / 1e12
-        row["times_SDPA"] = fwd_bwd / times_both_ways[0]
-        row["peak_MiB"] = peak_memory(run, rt)
+    times, times_both_ways = interleave(forwards, config), interleave(both_ways, config)
+    for row, measure, fwd, both in zip(rows, both_ways, times, times_both_ways, strict=True):
+        row |= {"fwd_ms": 1000 * fwd, "fwd_bwd_ms": 1000 * both}
+        row |= {"fwd_TFLOPs": flops / fwd / 1e12, "fwd_bwd_TFLOPs": 3.5 * flops / both / 1e12}
+        row |= {"times_SDPA": both / times_both_ways[0], "peak_MiB": measure(peak_memory)}
     return rows
 
 
@@ -278,8 +250,7 @@ def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
 
 
 def sampling(config: BenchConfig, rt, nanogpt=None, n_samples: int = 1) -> Callable:
-    """A function that draws texts, n_samples at a time, from random weights and a prompt of one
-    token."""
+    """A function that draws n_samples texts at a time, from random weights and one token."""
     model = new_model(config, nanogpt)
     model.to(rt.device, getattr(torch, rt.dtype)).eval()
     options = {"compile": rt.compile} if nanogpt is None else {}
@@ -290,17 +261,17 @@ def sampling(config: BenchConfig, rt, nanogpt=None, n_samples: int = 1) -> Calla
 
 def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
     """One text and several at a time; nanoGPT's sample.py draws one after the other."""
-    rows, timers = [], []
+    rows, measures = [], []
     if config.nanogpt:
         nanogpt = NanoGPT(sampling, config)
         rows.append({"attn_type": "nanoGPT", "samples": 1})
-        timers.append(partial(nanogpt.measure, seconds_per_call))
+        measures.append(nanogpt.measure)
     for attn_type in attn_types:
         for n_samples in (1, config.num_samples):
             rows.append({"attn_type": attn_type, "samples": n_samples})
             run = sampling(replace(config, attn_type=attn_type), rt, n_samples=n_samples)
-            timers.append(partial(seconds_per_call, run, rt))
-    times = interleave(timers, config)
+            measures.append(measured_here(run, rt))
+    times = interleave(measures, config)
     if config.nanogpt:
         nanogpt.close()
     for row, seconds in zip(rows, times, strict=True):
@@ -314,32 +285,21 @@ TABLES = {"attention": attention_table, "types": types_table}
 TABLES |= {"lengths": lengths_table, "sampling": sampling_table}
 
 
-def print_table(title: str, rows: list[dict]) -> None:
-    def cell(value):
-        if value is None:
-            return "n/a"
-        if isinstance(value, float):
-            return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-        return str(value)
-
-    cells = [[cell(value) for value in row.values()] for row in rows]
-    print(f"\n{title}\n{text_table([list(rows[0]), *cells])}")
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return "n/a" if value is None else str(value)
 
 
 def read_config() -> tuple[BenchConfig, list[str]]:
     """The configuration of the command line, and the attentions that the tables compare."""
     config = BenchConfig(**configurator.parse(BenchConfig, sys.argv[1:]))
-    check(config)
     if config.table not in ("step", "all", *TABLES):
         raise UserError(f"table={config.table} is none of step, {', '.join(TABLES)}, all")
-    attn_types = [name.replace("-n", "-8") for name in ATTN_TYPES]
-    if config.attn_types is not None:
-        attn_types = config.attn_types.split(",")
-    try:
-        for attn_type in attn_types:
-            parse_attn_type(attn_type)
-    except ValueError as error:
-        raise UserError(error) from error
+    every_one = ",".join(name.replace("-n", "-8") for name in ATTN_TYPES)
+    attn_types = (config.attn_types or every_one).split(",")
+    for attn_type in (config.attn_type, *attn_types):
+        check(replace(config, attn_type=attn_type))
     if config.nanogpt and not (Path(config.nanogpt) / "model.py").exists():
         raise UserError(f"nanogpt={config.nanogpt} is no clone of nanoGPT: it has no model.py")
     if config.nanogpt and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -355,29 +315,27 @@ def read_config() -> tuple[BenchConfig, list[str]]:
 
 def main() -> None:
     config, attn_types = read_config()
-    rt = runtime.start(config.device, config.dtype, config.compile, config.backend)
-    runtime.keep_freed_memory(rt.device_type)
-    if config.profile:
-        profile(config, rt)
-        return
-
-    shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
-    machine = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
-    results = {"machine": machine, "torch": torch.__version__, "python": platform.python_version()}
-    results["config"] = vars(config)
-    rt.print(machine)
-    for name in TABLES if config.table == "all" else [config.table]:
-        if name == "step":
-            title, results[name] = "training step", step_rows([config], rt)
-        else:
-            synthetic = replace(config, real_data=False)
-            title, results[name] = name, TABLES[name](synthetic, attn_types, rt)
-        if rt.is_main:
-            print_table(f"{title}, {shape}", results[name])
-        if config.out and rt.is_main:  # after every table: the next one may fail
-            with whole_file(Path(config.out)) as file:
-                file.write(json.dumps(results, indent=1) + "\n")
-    rt.close()
+    with runtime.session(config.device, config.dtype, config.compile, config.backend) as rt:
+        if config.profile:
+            profile(config, rt)
+            return
+        shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
+        machine = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
+        rt.print(machine)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        results = {"machine": machine, **versions, "config": vars(config)}
+        for name in TABLES if config.table == "all" else [config.table]:
+            if name == "step":
+                results[name] = step_rows([config], rt)
+            else:
+                results[name] = TABLES[name](replace(config, real_data=False), attn_types, rt)
+            if rt.is_main:
+                title = "training step" if name == "step" else name
+                cells = [[cell(value) for value in row.values()] for row in results[name]]
+                print(f"\n{title}, {shape}\n{text_table([list(results[name][0]), *cells])}")
+            if config.out and rt.is_main:  # after every table: the next one may fail
+                with whole_file(Path(config.out)) as file:
+                    file.write(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

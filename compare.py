@@ -22,8 +22,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -32,7 +33,7 @@ import torch
 
 import configurator
 from configurator import ROOT, UserError
-from engine.comparison import PICTURES, at_rate, best_rates, draw_comparison, read_results
+from engine import comparison
 from engine.files import read_rows, text_table, whole_file
 from engine.run_folder import holds_checkpoint
 from engine.runtime import Interrupt, Runtime, say
@@ -51,7 +52,6 @@ class CompareConfig(Config):
     jobs: int | None = None  # runs at a time; auto: one for each GPU, 1 on a CPU
 
 
-LISTS = {"attn_type": "attn_types", "learning_rate": "learning_rates", "seed": "seeds"}
 # Keys that cannot change the results of a run, so that it is not trained again for their sake
 WITHOUT_EFFECT = (
     "out_dir data_dir init_from allow_mismatch plot wandb_log wandb_project wandb_run_name "
@@ -77,28 +77,21 @@ class Trial:
         self.title = f"{c.attn_type}, learning rate {c.learning_rate:g}, seed {c.seed}"
 
     def rows(self) -> list[dict]:
-        """The rows of log.csv."""
-        with suppress(OSError):
-            return read_rows(self.folder / "log.csv", self.config.max_iters)
-        return []
+        """The rows of log.csv, none if there is no such file."""
+        path = self.folder / "log.csv"
+        return read_rows(path, self.config.max_iters) if path.exists() else []
 
     def saved_config(self) -> dict:
         """The config.json in its folder, {} if there is none."""
         with suppress(OSError, ValueError):
-            saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            return saved if isinstance(saved, dict) else {}
+            return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return {}
-
-    def environment(self) -> dict:
-        """The device, versions and data that the run recorded."""
-        return self.saved_config().get("found") or {}
 
     def is_same(self) -> bool:
         """Whether its folder holds a run, finished or not, of these settings and data."""
-        saved = {**asdict(Config()), **self.saved_config()}  # keys may be younger than the run
-        config = asdict(self.config).items()
-        same = all(saved[key] == value for key, value in config if key not in WITHOUT_EFFECT)
-        return same and self.environment().get("data") == self.data
+        saved = {"found": {}, **asdict(Config()), **self.saved_config()}  # the run may be older
+        settings = {k: v for k, v in asdict(self.config).items() if k not in WITHOUT_EFFECT}
+        return settings.items() <= saved.items() and saved["found"].get("data") == self.data
 
     def is_complete(self) -> bool:
         last = (self.rows() or [{}])[-1]
@@ -118,11 +111,12 @@ class Trial:
     def result(self) -> dict:
         """The row of results.csv."""
         rows, config = self.rows(), self.config
-        losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+        losses, step_ms, peaks = (
+            [float(row[column]) for row in rows if row.get(column)]
+            for column in ("val_loss", "step_ms", "peak_mib")
+        )
         diverged = not self.is_complete() or not math.isfinite(losses[-1])
-        step_ms = [float(row["step_ms"]) for row in rows if row["step_ms"]]
         ms = round(median(step_ms), 3) if step_ms else None
-        peaks = [float(row["peak_mib"]) for row in rows if row.get("peak_mib")]
         last = rows[-1] if rows else {}
         return {
             "attn_type": config.attn_type,
@@ -144,26 +138,25 @@ class Trial:
 def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     """A trial for each seed, learning rate and attn_type. Seeds vary slowest, so that a comparison
     stopped halfway has compared something. Raises UserError for values that no trial could use."""
-    values = {}
-    for key, plural in LISTS.items():
+    values = []
+    for key in ("seed", "learning_rate", "attn_type"):
         if key in given:
-            raise UserError(f"{key} is set by a list here; pass --{plural}={given[key]}")
-        option = f"--{plural}={getattr(config, plural)}"
-        parts = [part.strip() for part in getattr(config, plural).split(",")]
-        values[key] = [configurator.value_of_text(Config, key, part, option) for part in parts]
-        if len(set(values[key])) < len(parts):
+            raise UserError(f"{key} is set by a list here; pass --{key}s={given[key]}")
+        texts = getattr(config, f"{key}s")
+        option, parts = f"--{key}s={texts}", [part.strip() for part in texts.split(",")]
+        values.append([configurator.value_of_text(Config, key, part, option) for part in parts])
+        if len(set(values[-1])) < len(parts):
             raise UserError(f"{option} has a value twice; leave one of them out")
-    if 0 in values["learning_rate"]:
-        raise UserError(f"--learning_rates={config.learning_rates}: a rate of 0 learns nothing")
-    own_keys = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
+        if key == "learning_rate" and 0 in values[-1]:
+            raise UserError(f"{option}: a rate of 0 learns nothing")
     common = configurator.read_config_file(Config, config.base)
     common.pop("min_lr", None)  # it suits one learning rate; here it is a tenth of each, or given
-    common |= {key: value for key, value in given.items() if key not in own_keys}
+    common |= {k: value for k, value in given.items() if k not in CompareConfig.__annotations__}
     trials = []
-    for seed, rate, attn_type in product(*(values[key] for key in reversed(LISTS))):
-        folder = Path(config.out_dir) / f"{attn_type}-lr{rate:g}-seed{seed}"
+    for seed, rate, attn_type in product(*values):
         settings = {**common, "attn_type": attn_type, "learning_rate": rate, "seed": seed}
-        settings["out_dir"] = str(folder)
+        name = f"{attn_type}-lr{rate:g}-seed{seed}"
+        settings["out_dir"] = str(Path(config.out_dir) / name)
         trials.append(Trial(settings, Config(**settings)))
         check(trials[-1].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
@@ -171,20 +164,13 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     if trials[0].config.max_iters < 1:
         raise UserError("max_iters=0 trains nothing to compare; pass at least 1")
     if len({trial.folder for trial in trials}) < len(trials):
-        problem = f"--learning_rates={config.learning_rates} has rates that differ by too little"
-        raise UserError(f"{problem}; leave one of them out")
+        option = f"--learning_rates={config.learning_rates}"
+        raise UserError(f"{option} has rates that differ by too little; leave one of them out")
     return trials
 
 
 # ----------------------------------------------------------------------------
 # Training
-
-
-def visible_gpus(device: str | None) -> list[str]:
-    """CUDA_VISIBLE_DEVICES for one run after another; empty if `device` or the machine has none."""
-    n = torch.cuda.device_count() if device in (None, "cuda") else 0
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n)))).split(",")
-    return names[:n]
 
 
 def start_training(trial: Trial, slot: int, jobs: int, gpus: list[str], lock) -> subprocess.Popen:
@@ -201,29 +187,28 @@ def start_training(trial: Trial, slot: int, jobs: int, gpus: list[str], lock) ->
 
 
 def train_all(trials: list[Trial], config: CompareConfig, lock) -> tuple[int, list[str]]:
-    """Train the trials that are not done, `jobs` at a time. Returns an exit code, that of a signal
-    or 0, and a line for each failure.
-
-    Whatever ends this, a signal or an error, the trials that are running stop too, and save.
-    """
-    gpus = visible_gpus(trials[0].config.device)
+    """Train the trials that are not done. If a signal or an error ends this, those that are running
+    stop too, and save. Returns the exit code of a signal, or 0, and a line for each failure."""
+    n_gpus = torch.cuda.device_count() if trials[0].config.device in (None, "cuda") else 0
+    every_gpu = ",".join(map(str, range(n_gpus)))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every_gpu).split(",")[:n_gpus]
     jobs = config.jobs or len(gpus) or 1
     waiting = [trial for trial in trials if not trial.is_done()]
     n, started = len(waiting), time.monotonic()
     say(f"{len(trials)} runs in {config.out_dir}, {len(trials) - n} of them done; {jobs} at a time")
-    free_slots, running, failures = list(range(jobs)), {}, []
+    running, failures = {}, []  # the trial and the process of each slot
     with Interrupt() as interrupt:
         try:
             while (waiting or running) and not interrupt.signal:
-                while waiting and free_slots:
-                    trial, slot = waiting.pop(0), free_slots.pop(0)
-                    running[slot] = trial, start_training(trial, slot, jobs, gpus, lock)
+                for slot in range(jobs):
+                    if waiting and slot not in running:
+                        trial = waiting.pop(0)
+                        running[slot] = trial, start_training(trial, slot, jobs, gpus, lock)
                 time.sleep(0.05)
                 for slot, (trial, process) in list(running.items()):
                     if process.poll() is None or interrupt.signal:
                         continue
                     del running[slot]
-                    free_slots.append(slot)
                     outcome, is_result = conclude(trial, process.returncode)
                     if not is_result:
                         failures.append(f"{trial.title}: {outcome}")
@@ -238,19 +223,19 @@ def train_all(trials: list[Trial], config: CompareConfig, lock) -> tuple[int, li
                 process.send_signal(interrupt.signal or signal.SIGTERM)
             for _, process in running.values():
                 process.wait()
-    if interrupt.signal:
-        say("stopped; the same command goes on where it stopped")
-        return 128 + interrupt.signal, failures
-    return 0, failures
+    if not interrupt.signal:
+        return 0, failures
+    say("stopped; the same command goes on where it stopped")
+    return 128 + interrupt.signal, failures
 
 
 def conclude(trial: Trial, code: int) -> tuple[str, bool]:
     """The outcome of a process that ended with exit code `code`, and whether it is a result. Raises
     UserError for a mistake in the settings, which kept training from beginning."""
-    lines = trial.output.read_text(encoding="utf-8", errors="replace").split("\n")
+    output = trial.output.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in output.split("\n") if line.strip()] or ["no output"]
     errors = [line for line in lines if line.startswith("error: ")]  # warnings may follow it
-    message = (errors or [line for line in lines if line.strip()] or ["no output"])[-1]
-    message = message.removeprefix("error: ")
+    message = (errors or lines)[-1].removeprefix("error: ")
     if code == 2 and re.match(r"step \d+ was not done", message):
         (trial.folder / DIVERGED).write_text(message + "\n", encoding="utf-8")
         return f"diverged, {message.split(';')[0]}", True
@@ -279,36 +264,35 @@ def write_results(trials: list[Trial], config: CompareConfig) -> None:
         writer.writerows(rows)
     command = f"python compare.py {shlex.join(sys.argv[1:])}"
     with whole_file(folder / "report.md") as file:
-        file.write(report(read_results(folder), trials, command))
+        file.write(report(comparison.read_results(folder), trials, command))
 
 
-def mean_and_spread(values: list[float], sign: str = "") -> str:
+def mean_and_spread(values: Iterable[float], sign: str = "") -> str:
     """The mean, and the standard deviation if there are several values; '-' if there are none."""
+    values = list(values)
     text = f"{mean(values):{sign}.4f}" if values else "-"
     return text + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def best_rate_table(rows: list[dict]) -> str:
     """A row for each attention, at its best learning rate."""
-    best, types = best_rates(rows), list(dict.fromkeys(row["attn_type"] for row in rows))
     rates = sorted({row["learning_rate"] for row in rows})
-    baseline = "SM" if "SM" in types else types[0]
-    baseline_runs = at_rate(rows, baseline, best.get(baseline))
-    baseline_losses = {run["seed"]: run["final_val_loss"] for run in baseline_runs}
+    best = comparison.best_runs(rows)
+    baseline = "SM" if "SM" in best else next(iter(best))
+    baseline_losses = {run["seed"]: run["final_val_loss"] for run in best[baseline]}
     heading = ["attention", "val loss", f"minus {baseline}'s", "ms/step", "tokens/s", "peak MiB"]
     table = [[*heading, "best learning rate", "diverged"]]
-    for attn_type in types:
+    for attn_type, runs in best.items():
         cells = ["diverged", *["-"] * 5]
-        if attn_type in best:
-            rate = best[attn_type]
-            runs = at_rate(rows, attn_type, rate)
+        if runs:
             losses = {run["seed"]: run["final_val_loss"] for run in runs}
-            pairs = [] if attn_type == baseline else losses.keys() & baseline_losses.keys()
+            pairs = losses.keys() & baseline_losses.keys() if attn_type != baseline else []
             peaks = [run["peak_mib"] for run in runs if run["peak_mib"]]
+            rate = runs[0]["learning_rate"]
             at_edge = len(rates) > 1 and rate in (rates[0], rates[-1])
             cells = [
-                mean_and_spread([*losses.values()]),
-                mean_and_spread([losses[seed] - baseline_losses[seed] for seed in pairs], "+"),
+                mean_and_spread(losses.values()),
+                mean_and_spread((losses[seed] - baseline_losses[seed] for seed in pairs), "+"),
                 f"{median(run['ms_per_step'] for run in runs):.1f}",
                 f"{median(run['tokens_per_s'] for run in runs):,.0f}",
                 f"{max(peaks):,.0f}" if peaks else "n/a",
@@ -321,17 +305,16 @@ def best_rate_table(rows: list[dict]) -> str:
 
 def all_rates_table(rows: list[dict]) -> str:
     """A row for each attention and a column for each learning rate."""
-    best, rates = best_rates(rows), sorted({row["learning_rate"] for row in rows})
+    rates, best = sorted({row["learning_rate"] for row in rows}), comparison.best_runs(rows)
     table = [["attention", *(f"{rate:g}" for rate in rates)]]
-    for attn_type in dict.fromkeys(row["attn_type"] for row in rows):
+    for attn_type, runs_at in comparison.by_rate(rows).items():
         table.append([attn_type])
-        for rate in rates:
-            seeds = at_rate(rows, attn_type, rate)
-            losses = [row["final_val_loss"] for row in seeds if not row["diverged"]]
-            text = f"{len(seeds) - len(losses)} diverged"
-            if len(losses) == len(seeds):
-                text = mean_and_spread(losses)
-            table[-1].append(f"**{text}**" if rate == best.get(attn_type) else text)
+        for runs in (runs_at.get(rate, []) for rate in rates):
+            diverged = sum(run["diverged"] for run in runs)
+            text = f"{diverged} diverged"
+            if not diverged:
+                text = mean_and_spread(run["final_val_loss"] for run in runs)
+            table[-1].append(f"**{text}**" if runs and runs == best[attn_type] else text)
     return text_table(table, markdown=True)
 
 
@@ -341,7 +324,7 @@ def report(rows: list[dict], trials: list[Trial], command: str) -> str:
     n_types = len({row["attn_type"] for row in rows})
     seeds = ", ".join(str(seed) for seed in sorted({int(row["seed"]) for row in rows}))
     missing_runs = f" {missing} of {len(trials)} runs are missing." if missing else ""
-    pictures = "\n\n".join(f"![{title}]({name}.png)" for name, title in PICTURES.items())
+    pictures = "\n\n".join(f"![{title}]({name}.png)" for name, title in comparison.PICTURES.items())
     return f"""# {n_types} attentions compared
 
 `{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} T{config.block_size}, data set \
@@ -370,14 +353,13 @@ are medians over the log. Memory is the peak of the process or, on a GPU, of its
 
 def machines(trials: list[Trial]) -> str:
     """The machines on which the trials were trained, and the commits of the code, each once."""
-    kinds, commits = {}, {}  # sets that keep their order
-    for environment in (trial.environment() for trial in trials if trial.is_done()):
-        compiled = "compiled, " if environment["compile"] else ""
-        kind = f"{environment['device_name']}, {environment['dtype']}, {compiled}torch "
-        kinds[kind + environment["torch"]] = None
-        if environment["commit"]:
-            commits[f"commit {environment['commit']}"] = None
-    return "; ".join([*kinds, *commits])
+    kinds, commits = [], []
+    for found in (trial.saved_config()["found"] for trial in trials if trial.is_done()):
+        compiled = "compiled, " if found["compile"] else ""
+        kinds.append(f"{found['device_name']}, {found['dtype']}, {compiled}torch {found['torch']}")
+        if found["commit"]:
+            commits.append(f"commit {found['commit']}")
+    return "; ".join(dict.fromkeys(kinds + commits))
 
 
 def main() -> None:
@@ -403,7 +385,7 @@ def main() -> None:
             if code:
                 sys.exit(code)
             if any(trial.is_done() for trial in trials):
-                draw_comparison(folder, folder)
+                comparison.draw_comparison(folder, folder)
     except OSError as error:
         problem = f"{error.filename or folder} can't be written ({error.strerror})"
         raise UserError(f"{problem}; make room, or choose another --out_dir") from error

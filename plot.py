@@ -20,17 +20,8 @@ from pathlib import Path
 
 import configurator
 from configurator import UserError
+from engine import pictures
 from engine.comparison import draw_comparison
-from engine.pictures import (
-    draw_losses,
-    draw_ranges,
-    legend_beside,
-    line_looks,
-    new_figure,
-    read_stats,
-    run_label,
-    save_figure,
-)
 
 
 def draw_bench(file: str, to: Path) -> None:
@@ -42,51 +33,52 @@ def draw_bench(file: str, to: Path) -> None:
         raise UserError(f"{file} was not written by bench.py --out: {error}") from error
     if "attention" in results:
         title = f"Attention alone; dots: fused, crosses: plain formula ({machine})"
-        figure, axes = new_figure(2, title)
-        draw_against_length(
-            axes[0], results["attention"], "times_SDPA", "forward + backward (time of SM = 1)"
-        )
-        draw_against_length(axes[1], results["attention"], "peak_MiB", "peak memory (MiB)")
-        legend_beside(figure, axes[0])
-        save_figure(figure, to, "bench-attention")
+        labels = {"times_SDPA": "forward + backward (time of SM = 1)"}
+        labels["peak_MiB"] = "peak memory (MiB)"
+        draw_against_length(results["attention"], labels, title, to, "bench-attention")
     if "types" in results:
-        figure, (axis,) = new_figure(1, f"Speed of a training step by attention ({machine})")
+        title = f"Speed of a training step by attention ({machine})"
+        figure, (axis,) = pictures.new_figure(1, title)
         names = [row["attn_type"] for row in results["types"]]
-        looks = line_looks(names)
+        looks = pictures.line_looks(names)
         speeds = [row["tokens_per_s"] for row in results["types"]]
         bars = axis.barh(names, speeds, color=[looks[name]["color"] for name in names])
         axis.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
         axis.invert_yaxis()
         axis.set_xlabel("tokens/s (longer is faster)")
-        save_figure(figure, to, "bench-types")
+        pictures.save_figure(figure, to, "bench-types")
     if "lengths" in results:
         title = f"Speed of a training step against sequence length ({machine})"
-        figure, (axis,) = new_figure(1, title)
-        draw_against_length(axis, results["lengths"], "tokens_per_s", "tokens/s")
-        legend_beside(figure, axis)
-        save_figure(figure, to, "bench-lengths")
+        labels = {"tokens_per_s": "tokens/s"}
+        draw_against_length(results["lengths"], labels, title, to, "bench-lengths")
 
 
-def draw_against_length(axis, rows: list[dict], column: str, label: str) -> None:
-    """`column` against T on logarithmic axes, a line for each attn_type and implementation."""
+def draw_against_length(rows: list[dict], labels: dict, title: str, to: Path, name: str) -> None:
+    """Draw each column in `labels` against T on logarithmic axes, a line for each attn_type and
+    implementation."""
     from matplotlib.ticker import LogFormatter
 
-    looks = line_looks([row["attn_type"] for row in rows])
-    for name, impl in dict.fromkeys((row["attn_type"], row.get("impl")) for row in rows):
-        points = [r for r in rows if (r["attn_type"], r.get("impl")) == (name, impl) and r[column]]
-        if impl == "reference" and name != "SM":
-            look = looks[name] | {"alpha": 0.4, "marker": "x", "linewidth": 0.8}
-        else:
-            look = looks[name] | {"marker": "o", "markersize": 4, "label": name}
-        axis.plot([r["T"] for r in points], [r[column] for r in points], **look)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(sorted({row["T"] for row in rows}))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter(LogFormatter())  # 0.8 and 100, not 8 x 10^-1 and 10^2
-    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-    axis.set_xlabel("sequence length T (tokens)")
-    axis.set_ylabel(label)
+    looks = pictures.line_looks([row["attn_type"] for row in rows])
+    figure, axes = pictures.new_figure(len(labels), title)
+    for axis, (column, label) in zip(axes, labels.items(), strict=True):
+        curves = {}
+        for row in rows:
+            curve = curves.setdefault((row["attn_type"], row.get("impl")), [])
+            if row[column]:
+                curve.append((row["T"], row[column]))
+        for (attn_type, impl), points in curves.items():
+            look = looks[attn_type] | {"marker": "o", "markersize": 4, "label": attn_type}
+            if impl == "reference" and attn_type != "SM":
+                look = looks[attn_type] | {"alpha": 0.4, "marker": "x", "linewidth": 0.8}
+            axis.plot([T for T, _ in points], [y for _, y in points], **look)
+        axis.set_xscale("log", base=2)
+        axis.set(yscale="log", xlabel="sequence length T (tokens)", ylabel=label)
+        axis.set_xticks(sorted({row["T"] for row in rows}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter(LogFormatter())  # 0.8 and 100, not 8 x 10^-1 and 10^2
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    pictures.legend_beside(figure, axes[0])
+    pictures.save_figure(figure, to, name)
 
 
 def draw_attention(folder: str, to: Path, start: str) -> None:
@@ -102,33 +94,28 @@ def draw_attention(folder: str, to: Path, start: str) -> None:
     model, tokenizer = load(folder)
     ids = torch.as_tensor(encode_prompt(tokenizer, start))[: min(40, model.config.block_size)]
     tokens = [repr(tokenizer.decode([i]))[1:-1].replace(" ", "\u2423") for i in ids.tolist()]
-    rotation = 90 if max(map(len, tokens)) > 2 else 0
+    rotation, small = 90 * (max(map(len, tokens)) > 2), {"fontsize": 6, "parse_math": False}
     future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-    label = run_label(model.config.attn_type, Path(folder).name)
+    label = pictures.run_label(model.config.attn_type, Path(folder).name)
     side = max(3, 1.3 + 0.1 * len(ids))  # inches
     maps = ranges.attention_maps(model, ids[None], Runtime("cpu", "float32", False))
     for layer, A in enumerate(maps):  # (nh, T, T)
-        columns = min(4, len(A))
         title = f"{label}, layer {layer}: weight A of each key for each query"
-        figure, axes = new_figure(columns, title, -(-len(A) // columns), (side + 0.3, side))
+        figure, axes = pictures.new_figure(len(A), title, (side + 0.3, side))
         look, scale = map_look(A.numpy(), model.config.attn_type)
-        for head, axis in enumerate(axes[: len(A)]):
+        for head, axis in enumerate(axes):
             axis.grid(False)
             shown = A[head].clamp(min=look["norm"].vmin).masked_fill(future, math.nan)
             image = axis.imshow(shown.numpy(), **look)
             axis.set_title(f"head {head}", fontsize=9)
-            axis.set_xticks(
-                range(len(ids)), tokens, rotation=rotation, fontsize=6, parse_math=False
-            )
-            axis.set_yticks(range(len(ids)), tokens, fontsize=6, parse_math=False)
+            axis.set_xticks(range(len(ids)), tokens, rotation=rotation, **small)
+            axis.set_yticks(range(len(ids)), tokens, **small)
             axis.tick_params(length=0, pad=2)
             axis.set_xlabel("key j (token)", fontsize=9)
             axis.set_ylabel("query i (token)", fontsize=9)
-        for axis in axes[len(A) :]:
-            axis.remove()
         extend = "neither" if look["norm"].vmin < 0 else "min"
-        figure.colorbar(image, ax=list(axes[: len(A)]), label=scale, shrink=0.8, extend=extend)
-        save_figure(figure, to, f"attention-{layer}")
+        figure.colorbar(image, ax=list(axes), label=scale, shrink=0.8, extend=extend)
+        pictures.save_figure(figure, to, f"attention-{layer}")
 
 
 def map_look(A, attn_type: str) -> tuple[dict, str]:
@@ -163,47 +150,43 @@ def draw_kernels(names: list[str], to: Path, **options: str) -> None:
     low, high = (-40.0, 0.0) if len(kernels) == len(names) else (-5.0, 5.0)
     title = "Pointwise functions of the score x"
     if "run" in options:
-        rows = read_stats(Path(options["run"]))
+        folder = Path(options["run"])
+        rows = pictures.read_stats(folder)
         last = [row for row in rows if row["step"] == rows[-1]["step"]]
         low, high = min(row["x_min"] for row in last), max(row["x_max"] for row in last)
-        title += f" over its range in {Path(options['run']).name}, step {rows[-1]['step']:.0f}"
+        title += f" over its range in {folder.name}, step {rows[-1]['step']:.0f}"
     low, high = limits.get("min", low), limits.get("max", high)
     if not (low < high and math.isfinite(high - low)) or (kernels and low >= 0):
         raise UserError(f"the scores from {low:g} to {high:g} are no range; pass --min= and --max=")
 
     title += "; right: error of the polynomials against exp" if polynomials else ""
-    figure, axes = new_figure(1 + bool(polynomials), title)
-    looks = line_looks(names)
-    negative_x = torch.linspace(low, min(high, 0), 2001).double()
+    figure, axes = pictures.new_figure(1 + bool(polynomials), title)
+    looks = pictures.line_looks(names)
+    negative_x, all_x = (torch.linspace(low, end, 2001).double() for end in (min(high, 0), high))
     heights = []  # that must be in sight; beyond their range polynomials explode
     for name in names:
-        x = negative_x if name in kernels else torch.linspace(low, high, 2001).double()
-        y = variants[name].f(x)
+        x = negative_x if name in kernels else all_x
+        y, top = variants[name].f(x), 1.5 * math.exp(min(high, 0))
         axes[0].plot(x, y, **looks[name], label=name)
-        top = 1.5 * math.exp(min(high, 0))
         heights += [-0.1 * top, top] if name in kernels else [y.min().item(), y.max().item()]
         if name in polynomials:
             axes[1].plot(x, (y - x.exp()).abs().clamp(1e-12), **looks[name])
-    axes[0].set_ylim(min(heights), max(heights))
-    axes[0].set_ylabel("f(x)")
+    axes[0].set(ylim=(min(heights), max(heights)), ylabel="f(x)")
     if polynomials:
         look = {"color": "black", "linewidth": 0.8, "linestyle": ":", "label": "exp(x)"}
         axes[0].plot(negative_x, negative_x.exp(), **look)
-        axes[1].set_yscale("log")
-        axes[1].set_ylim(bottom=1e-8)
-        axes[1].set_ylabel("|f(x) - exp(x)|")
+        axes[1].set(yscale="log", ylim=(1e-8, None), ylabel="|f(x) - exp(x)|")
     for axis in axes:
-        axis.set_xlabel("score x")
-        axis.set_xlim(low, high)
-    legend_beside(figure, axes[0])
-    save_figure(figure, to, "kernel")
+        axis.set(xlabel="score x", xlim=(low, high))
+    pictures.legend_beside(figure, axes[0])
+    pictures.save_figure(figure, to, "kernel")
 
 
 COMMANDS = {  # draw(names, to, **options)
-    "loss": lambda names, to: draw_losses([Path(name) for name in names], to),
+    "loss": lambda names, to: pictures.draw_losses([Path(name) for name in names], to),
     "bench": lambda names, to: draw_bench(names[0], to),
     "compare": lambda names, to: draw_comparison(Path(names[0]), to),
-    "ranges": lambda names, to: draw_ranges(Path(names[0]), to),
+    "ranges": lambda names, to: pictures.draw_ranges(Path(names[0]), to),
     "attention": lambda names, to, start="": draw_attention(names[0], to, start),
     "kernel": draw_kernels,
 }

@@ -1,9 +1,7 @@
-"""
-The results of a comparison: read from results.csv, judged, and drawn.
-"""
+"""The results of a comparison: read from results.csv, judged, and drawn."""
 
 import csv
-import math
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
@@ -32,31 +30,27 @@ def read_results(folder: Path) -> list[dict]:
     return rows
 
 
-def at_rate(rows: list[dict], attn_type: str, rate: float) -> list[dict]:
-    """The rows of one attention at one learning rate, a row for each seed."""
-    return [r for r in rows if (r["attn_type"], r["learning_rate"]) == (attn_type, rate)]
+def by_rate(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
+    """{attn_type: {learning rate: rows, one for each seed}}."""
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[row["attn_type"]][row["learning_rate"]].append(row)
+    return runs
 
 
-def best_rates(rows: list[dict]) -> dict[str, float]:
-    """For each attn_type the learning rate at which the mean over seeds of the final validation
-    loss is lowest, among those at which no seed diverged; types that have none are left out."""
+def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
+    """For each attn_type the rows at the learning rate with the lowest mean of the final validation
+    loss over seeds, among those at which no seed diverged; [] if there is none."""
     best = {}
-    for attn_type in dict.fromkeys(row["attn_type"] for row in rows):
-        losses = {}
-        for row in (row for row in rows if row["attn_type"] == attn_type):
-            loss = math.inf if row["diverged"] else row["final_val_loss"]
-            losses.setdefault(row["learning_rate"], []).append(loss)
-        rate = min(losses, key=lambda rate: mean(losses[rate]))
-        if math.isfinite(mean(losses[rate])):
-            best[attn_type] = rate
+    for attn_type, runs_at in by_rate(rows).items():
+        finished = [runs for runs in runs_at.values() if not any(run["diverged"] for run in runs)]
+        mean_loss = lambda runs: mean(run["final_val_loss"] for run in runs)
+        best[attn_type] = min(finished, key=mean_loss, default=[])
     return best
 
 
 def draw_comparison(folder: Path, to: Path) -> None:
-    """Draw the three pictures of a comparison: means over seeds, in bands from lowest to highest.
-
-    A curve is a list of (x, losses over seeds).
-    """
+    """Draw the pictures of a comparison: means over seeds, in bands from lowest to highest."""
     rows = read_results(folder)
     finished = [row for row in rows if not row["diverged"]]
     logs = {row["run"]: read_log(folder / row["run"]) for row in finished}
@@ -67,28 +61,27 @@ def draw_comparison(folder: Path, to: Path) -> None:
         ("compare-tokens", "tokens", 1e6, "tokens seen (millions)"),
         ("compare-seconds", "seconds", 1, "time in training steps (s)"),
     ):
-        curves = {}
-        for attn_type, rate in best_rates(rows).items():
-            runs = [logs[row["run"]] for row in at_rate(rows, attn_type, rate)]
+        curves = defaultdict(list)
+        for attn_type, runs in best_runs(rows).items():
             # Without the first evaluation, whose loss of random weights would squeeze the others
-            evaluations = [[row for row in log if row["val_loss"]][1:] for log in runs]
-            curves[attn_type] = [
-                (mean(float(r[column]) / unit for r in at), [float(r["val_loss"]) for r in at])
-                for at in zip(*evaluations, strict=False)
-            ]
-        title = f"{PICTURES[name]}, each attention at its best learning rate"
-        figure, (axis,) = new_figure(1, title)
+            evaluations = [[row for row in logs[run["run"]] if row["val_loss"]][1:] for run in runs]
+            for at in zip(*evaluations, strict=False):
+                x = mean(float(row[column]) / unit for row in at)
+                curves[attn_type].append((x, [float(row["val_loss"]) for row in at]))
+        figure, (axis,) = new_figure(
+            1, f"{PICTURES[name]}, each attention at its best learning rate"
+        )
         draw_bands(axis, curves, looks)
         axis.set_xlabel(label)
         save_figure(figure, to, name)
 
-    curves = {}
-    for row in finished:
-        losses_at = curves.setdefault(row["attn_type"], {})
-        losses_at.setdefault(row["learning_rate"], []).append(row["final_val_loss"])
+    curves = defaultdict(list)
+    for attn_type, runs_at in by_rate(finished).items():
+        for rate, runs in sorted(runs_at.items()):
+            curves[attn_type].append((rate, [run["final_val_loss"] for run in runs]))
     figure, (axis,) = new_figure(1, f"{PICTURES['compare-rates']}, without diverged runs")
     axis.set_xscale("log")
-    draw_bands(axis, {t: sorted(losses_at.items()) for t, losses_at in curves.items()}, looks)
+    draw_bands(axis, curves, looks)
     rates = sorted({row["learning_rate"] for row in rows})
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
@@ -97,22 +90,24 @@ def draw_comparison(folder: Path, to: Path) -> None:
 
 
 def draw_bands(axis, curves: dict[str, list], looks: dict[str, dict]) -> None:
-    """Draw each curve as its mean, in a band from the lowest to the highest loss, and write its
-    name beside its end."""
+    """Draw each curve, points (x, losses over seeds), as its mean in a band from the lowest to the
+    highest loss, and write its name beside its end."""
+    ends = []
     for attn_type, points in curves.items():
-        look, xs = looks[attn_type], [x for x, _ in points]
-        axis.plot(xs, [mean(losses) for _, losses in points], **look)
-        low, high = ([reduce(losses) for _, losses in points] for reduce in (min, max))
-        axis.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        look, (xs, losses) = looks[attn_type], zip(*points, strict=True)
+        means = list(map(mean, losses))
+        axis.plot(xs, means, **look)
+        band = list(map(min, losses)), list(map(max, losses))
+        axis.fill_between(xs, *band, color=look["color"], alpha=0.15, linewidth=0)
+        ends.append((means[-1], xs[-1], attn_type))
     axis.set_ylabel("validation loss (nats per token)")
-    ends = sorted((mean(points[-1][1]), points[-1][0], t) for t, points in curves.items() if points)
     low, high = axis.get_ylim()
     gap, beside = (high - low) / 18, axis.get_yaxis_transform()
     heights = []  # of the names, which must overlap neither each other nor the title
-    for end, _, _ in ends:
+    for end, _, _ in sorted(ends):
         heights.append(max(end, heights[-1] + gap) if heights else end)
     heights = [min(height, high - gap * i) for i, height in enumerate(reversed(heights))][::-1]
-    for (end, x, attn_type), height in zip(ends, heights, strict=True):
+    for (end, x, attn_type), height in zip(sorted(ends), heights, strict=True):
         look = looks[attn_type] | {"linewidth": 1, "markevery": [1], "clip_on": False}
         axis.plot([1.03, 1.1], [height, height], transform=beside, **look)
         axis.text(1.12, height, attn_type, transform=beside, va="center", fontsize=8)

@@ -16,15 +16,14 @@ from torch import Tensor
 from configurator import UserError
 from data.dataset import dropout_seed
 from engine import ranges
-from model import GPT, parse_attn_type
+from model import GPT
 
 
 def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> str | None:
     """One line about the first of `batches` (inputs and targets, (B, T) each) whose loss or
     gradient is not finite; None if all are.
 
-    `model` must be the plain model, neither compiled nor under DDP; its gradients are lost. For
-    GKpoly-n the line says how far the scores x left the range in which GKpoly-n follows exp.
+    `model` must be the plain model, not compiled nor under DDP; its gradients are lost.
     """
     for name, weight in model.named_parameters():
         if not finite([weight]):
@@ -36,9 +35,8 @@ def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> 
 
 
 def finite(values: Iterable) -> bool:
-    """Whether all floating-point tensors among the values are finite."""
-    tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
-    return all(tensor.isfinite().all() for tensor in tensors)
+    """Whether all tensors among the values are finite."""
+    return all(value.isfinite().all() for value in values if torch.is_tensor(value))
 
 
 def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
@@ -53,13 +51,13 @@ def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
     def check_gradient(name, module, grad_input, grad_output):
         check(f"the gradient of {name}", module, grad_output, grad_input)
 
-    embeddings = ("transformer.w", "transformer.drop")  # a backward hook needs an input's gradient
     handles = []
     for name, module in model.named_modules():
-        if name in ("", "transformer", "transformer.h") or name.startswith(embeddings):
-            continue
-        handles.append(module.register_forward_hook(partial(check, readable(name))))
-        handles.append(module.register_full_backward_hook(partial(check_gradient, readable(name))))
+        # A backward hook needs an input's gradient, and containers compute nothing
+        if not re.fullmatch(r"(transformer(\.(wte|wpe|drop|h))?)?", name):
+            name = readable(name)
+            handles.append(module.register_forward_hook(partial(check, name)))
+            handles.append(module.register_full_backward_hook(partial(check_gradient, name)))
     model.zero_grad()
     embedding = model.transformer.wte.weight
     frozen = not embedding.requires_grad
@@ -75,11 +73,9 @@ def first_origin(model: GPT, x: Tensor, y: Tensor, rt) -> str | None:
         embedding.requires_grad_(not frozen)
         for handle in handles:
             handle.remove()
-    origins += [
-        f"the gradient of {readable(name)}"
-        for name, weight in model.named_parameters()
-        if not finite([weight.grad])
-    ]
+    for name, weight in model.named_parameters():
+        if not finite([weight.grad]):
+            origins.append(f"the gradient of {readable(name)}")
     model.zero_grad()
     return origins[0] if origins else None
 
@@ -97,8 +93,8 @@ def polynomial_range(model: GPT, x: Tensor, rt) -> str:
         return ""
 
     def lowest_score(q, k):
-        blocks = ranges.row_blocks(q, k, parse_attn_type(attn_type))
-        return torch.stack([x[:, causal].min() for x, causal in blocks]).min().item()
+        blocks = ranges.row_blocks(q, k, model.config)
+        return torch.stack([x[:, causal].min() for x, causal, _ in blocks]).min().item()
 
     end = ranges.range_end(n)
     # The first layer, as those behind it compute with its damage
@@ -109,10 +105,8 @@ def polynomial_range(model: GPT, x: Tensor, rt) -> str:
 
 
 def explain(model: GPT, load: Callable, step: int, config, rt) -> str:
-    """'; ' and where the step was not finite, on the first rank that can say; '' if none can.
-
-    `load(step, micro_step)` gives the batches of the step.
-    """
+    """'; ' and where the step, whose batches load(step, micro_step) returns, was not finite, on the
+    first rank that can say; '' if none can."""
 
     def batches() -> Iterator:
         for micro_step in rt.share(config.gradient_accumulation_steps):
@@ -133,7 +127,6 @@ def not_done(step: int, problem: str, saved: int | None, folder: Path, config) -
         kept = f"the checkpoint in {os.path.relpath(folder)} is that of step {saved}"
     squarings = ", with more squarings n" if config.attn_type.startswith("GKpoly") else ""
     return UserError(
-        f"step {step} was not done: {problem}. {kept}; start again with a lower "
-        f"--learning_rate{squarings}, or go on from there with "
-        "--skip_nonfinite=N, past N such steps"
+        f"step {step} was not done: {problem}. {kept}; start again with a lower --learning_rate"
+        f"{squarings}, or go on from there with --skip_nonfinite=N, past N such steps"
     )

@@ -1,7 +1,4 @@
-"""
-nanoGPT, measured in a process of its own: settings that this project makes for its whole process
-must not act on nanoGPT.
-"""
+"""nanoGPT in a process of its own, on which settings of this project's process do not act."""
 
 import importlib.util
 import io
@@ -10,8 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-
-import torch
 
 from configurator import UserError
 from engine import runtime
@@ -61,14 +56,3 @@ def serve(pipe, make: Callable, config) -> None:
         while True:
             measurement = pipe.recv()
             pipe.send(measurement(run, rt))
-
-
-class WithLogits(torch.nn.Module):
-    """A model of nanoGPT that can be called as train_step calls this project's models."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y, with_logits):
-        return self.model(x, y)

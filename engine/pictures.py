@@ -22,28 +22,29 @@ LEGEND = {"frameon": False, "fontsize": 8}
 
 def line_looks(names: list[str]) -> dict[str, dict]:
     """Colour and line style for each name, usually an attn_type."""
-    others = [name for name in dict.fromkeys(names) if name != "SM"]
     looks = {"SM": {"color": "black", "linestyle": "-"}}
-    for i, name in enumerate(others):
+    for i, name in enumerate(dict.fromkeys(name for name in names if name != "SM")):
         looks[name] = {"color": COLOURS[i % 6], "linestyle": LINE_STYLES[i // 6 % 3]}
     return looks
 
 
-def new_figure(columns: int, title: str, rows: int = 1, panel_size: tuple = (5.2, 4)):
-    """A figure of rows x columns panels, of `panel_size` inches each, under one title; the panels
-    come as a flat array."""
+def new_figure(n_panels: int, title: str, panel_size: tuple = (5.2, 4)):
+    """A figure of panels, up to four in a row, of `panel_size` inches each; and its panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns, rows = min(4, n_panels), math.ceil(n_panels / 4)
     size = (panel_size[0] * columns, panel_size[1] * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for axis in axes.flat:
+    for axis in axes.flat[n_panels:]:
+        axis.remove()
+    for axis in axes.flat[:n_panels]:
         axis.grid(True, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes.ravel()
+    return figure, axes.flat[:n_panels]
 
 
 def legend_beside(figure, axis) -> None:
@@ -62,16 +63,16 @@ def save_figure(figure, folder: Path, name: str) -> None:
     print(f"{folder / name}.png and .svg")
 
 
-def read_log(folder: Path, name: str = "log.csv") -> list[dict[str, str]]:
-    """The rows of a run's log as text. Raises UserError if there is none."""
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's log.csv as text. Raises UserError if there is none."""
     try:
-        return read_rows(folder / name)
+        return read_rows(folder / "log.csv")
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {error}") from error
 
 
 def read_attn_type(folder: Path) -> str:
-    """The attn_type of a run, from its config.json."""
+    """The attn_type of a run, from its config.json. Raises UserError if there is none."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["attn_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,7 +86,7 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
             f"{folder} has no stats.csv; train with --stats_interval=N, or measure a finished run "
             f"with  python train.py --init_from=resume --out_dir={folder} --stats_interval=1"
         )
-    rows = read_log(folder, "stats.csv")
+    rows = read_rows(folder / "stats.csv")
     if not rows:
         raise UserError(f"{folder}/stats.csv has no rows yet")
     return [{key: float(x) if x else math.nan for key, x in row.items()} for row in rows]
@@ -97,10 +98,7 @@ def run_label(attn_type: str, folder: Path | str) -> str:
 
 
 def draw_losses(folders: list[Path], to: Path) -> None:
-    """Draw loss.png: validation loss (dots) and training loss (thin) of runs against tokens.
-
-    For each run but the first, print after how many tokens it reached the first one's final loss.
-    """
+    """Draw loss.png, and print after how many tokens the runs reach the first one's final loss."""
     logs = {folder: read_log(folder) for folder in folders}
     attn_types = {folder: read_attn_type(folder) for folder in logs}
     title = "Loss against tokens: dots are validation loss, thin lines training loss"
@@ -115,15 +113,12 @@ def draw_losses(folders: list[Path], to: Path) -> None:
             if len(points) > 1 and points[0][0] == 0:
                 points = points[1:]  # the loss of random weights would squeeze the other points
             axis.plot(*zip(*points, strict=True), **look | style)
-    axis.set_xlabel("tokens seen (millions)")
-    axis.set_ylabel("loss (nats per token)")
+    axis.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
     axis.legend(**LEGEND)
     save_figure(figure, to, "loss")
     baseline, *others = logs
-    baseline_points = losses_of(logs[baseline], "val_loss")
     for folder in others:
-        points = losses_of(logs[folder], "val_loss")
-        print(tokens_to_reach(folder, points, baseline, baseline_points))
+        print(tokens_to_reach(folder, baseline, logs))
 
 
 def run_looks(attn_types: dict[Path, str]) -> list[dict]:
@@ -132,12 +127,11 @@ def run_looks(attn_types: dict[Path, str]) -> list[dict]:
     names = list(attn_types.values())
     if len(set(names)) == 1 < len(names):
         names = [str(folder) for folder in attn_types]
-    looks = line_looks(names)
-    repetitions = [names[:i].count(name) for i, name in enumerate(names)]
-    return [
-        looks[name] | ({"linestyle": LINE_STYLES[n % 3]} if n else {})
-        for name, n in zip(names, repetitions, strict=True)
-    ]
+    looks = [dict(line_looks(names)[name]) for name in names]
+    for i, name in enumerate(names):
+        if repetition := names[:i].count(name):
+            looks[i]["linestyle"] = LINE_STYLES[repetition % 3]
+    return looks
 
 
 def losses_of(rows: list[dict], column: str) -> list[tuple[int, float]]:
@@ -145,17 +139,18 @@ def losses_of(rows: list[dict], column: str) -> list[tuple[int, float]]:
     return [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
 
 
-def tokens_to_reach(folder: Path, points: list, baseline: Path, baseline_points: list) -> str:
+def tokens_to_reach(folder: Path, baseline: Path, logs: dict[Path, list[dict]]) -> str:
     """One line that says after how many tokens a run first reached another one's final loss."""
-    if not baseline_points:
+    points, goals = (losses_of(logs[run], "val_loss") for run in (folder, baseline))
+    if not goals:
         return f"{baseline} has no validation loss"
-    budget, goal = baseline_points[-1]
+    budget, goal = goals[-1]
     goal_text = f"the final validation loss of {baseline} ({goal:.4f} after {budget:,} tokens)"
-    tokens = next((tokens for tokens, loss in points if loss <= goal), None)
-    if tokens is None:
-        return f"{folder} does not reach {goal_text}"
-    share = tokens / max(1, budget)
-    return f"{folder} reaches {goal_text} after {tokens:,} tokens, {share:.2f} times as many"
+    for tokens, loss in points:
+        if loss <= goal:
+            times = f"{tokens / max(1, budget):.2f} times as many"
+            return f"{folder} reaches {goal_text} after {tokens:,} tokens, {times}"
+    return f"{folder} does not reach {goal_text}"
 
 
 # The panels beside those of the scores: label of the axis, title, and curves. A curve is a column
@@ -174,13 +169,17 @@ SOFTMAX_PANELS = [  # every row of softmax sums to 1
 def draw_ranges(folder: Path, to: Path) -> None:
     """Draw ranges.png: over a run, the scores of each layer, the largest |A| and the sums of rows;
     of softmax, norms and entropies instead."""
+    from matplotlib import colormaps
+
     rows, attn_type = read_stats(folder), read_attn_type(folder)
     n_layer = 1 + int(max(row["layer"] for row in rows))
-    columns = min(n_layer + 2, 4)
     title = f"{run_label(attn_type, folder.name)}: scores x and weights A during training"
     if any(row["head"] for row in rows):
         title += " (extremes over the heads of a layer)"
-    figure, axes = new_figure(columns, title, -(-(n_layer + 2) // columns), SMALL_PANEL)
+    figure, axes = new_figure(n_layer + 2, title, SMALL_PANEL)
+    colours = COLOURS[1:] + COLOURS[:1]
+    if n_layer > len(colours):
+        colours = [colormaps["viridis"](0.9 * i / (n_layer - 1)) for i in range(n_layer)]
     for layer, axis in enumerate(axes[:n_layer]):
         draw_scores(axis, rows, layer)
         mark_polynomial_ranges(axis, attn_type)
@@ -188,21 +187,21 @@ def draw_ranges(folder: Path, to: Path) -> None:
     for axis, (label, title, curves) in zip(axes[n_layer:], panels, strict=False):
         for layer in range(n_layer):
             for column, reduce, style in curves:
-                look = {"color": layer_colour(layer, n_layer), "linestyle": style}
+                look = {"color": colours[layer], "linestyle": style}
                 if style == "-" and n_layer > 1:
                     look["label"] = f"layer {layer}"
                 axis.plot(*over_time(rows, layer, column, reduce), **look)
         axis.set_ylabel(label, fontsize=9)
         axis.set_title(title, fontsize=9)
-        use_log_scale_if_wide(axis)
+        y = [number for line in axis.lines for number in line.get_ydata() if math.isfinite(number)]
+        if y and 0 < 20 * min(y) < max(y):  # all positive, and widely spread
+            axis.set_yscale("log")
     legends = [axes[i].get_legend_handles_labels() for i in (0, n_layer)]
     handles, names = (a + b for a, b in zip(*legends, strict=True))
-    figure.legend(handles, names, loc="outside lower left", ncols=4 + 3 * (columns > 3), **LEGEND)
-    for axis in axes[: n_layer + 2]:
+    figure.legend(handles, names, loc="outside lower left", ncols=7 if n_layer > 1 else 4, **LEGEND)
+    for axis in axes:
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8)
-    for axis in axes[n_layer + 2 :]:
-        axis.remove()
     save_figure(figure, to, "ranges")
 
 
@@ -215,10 +214,8 @@ def draw_scores(axis, rows: list[dict], layer: int) -> None:
     ):
         steps, bottom = over_time(rows, layer, low, min)
         _, top = over_time(rows, layer, high, max)
-        look = {"color": COLOURS[1], "alpha": alpha, "linewidth": 0}
-        axis.fill_between(steps, bottom, top, label=label, **look)
-    median = over_time(rows, layer, "x_p50", mean)
-    axis.plot(*median, color="black", linewidth=1.2, label="median of x")
+        axis.fill_between(steps, bottom, top, color=COLOURS[1], alpha=alpha, lw=0, label=label)
+    axis.plot(*over_time(rows, layer, "x_p50", mean), "k", linewidth=1.2, label="median of x")
     axis.set_ylabel("score x", fontsize=9)
     if axis.get_ylim()[0] < -200:
         axis.set_yscale("symlog", linthresh=10)
@@ -235,51 +232,30 @@ def over_time(rows: list[dict], layer: int, column: str, reduce: Callable) -> tu
     return list(values_at), [reduce(values) for values in values_at.values()]
 
 
-def use_log_scale_if_wide(axis) -> None:
-    """Use a logarithmic scale if all numbers are positive and spread over a factor above 20."""
-    import numpy as np
-
-    y = np.concatenate([line.get_ydata() for line in axis.lines])
-    y = y[np.isfinite(y)]
-    if y.size and 0 < 20 * y.min() < y.max():
-        axis.set_yscale("log")
-
-
 def mark_polynomial_ranges(axis, attn_type: str) -> None:
     """Mark where GKpoly-n's range ends: for the run's n, or for GK every n that is in sight."""
     from engine.ranges import range_end, squarings
     from model import MAX_N
 
-    bottom, n = axis.get_ylim()[0], squarings(attn_type)
-    candidates = [n] if n else range(1, MAX_N + 1) if attn_type == "GK" else []
-    ends = [range_end(n) for n in candidates]
-    if n and ends[0] < 2.5 * bottom:  # far below all x
-        axis.set_title(f"{axis.get_title()}; {attn_type}'s range is {ends[0]} to 0", fontsize=9)
-    elif n:
-        axis.set_ylim(bottom=min(bottom, 1.15 * ends[0]))
-        axis.axhspan(axis.get_ylim()[0], ends[0], color=COLOURS[3], alpha=0.15, linewidth=0)
-    bottom = axis.get_ylim()[0]
-    for end in (end for end in ends if bottom < end and (n or end < 0.25 * bottom)):
-        axis.axhline(end, color=COLOURS[3], linewidth=1, linestyle="--")
-        text = f"end of GKpoly-{int(math.log2(-end)) - 1}'s range"
-        place = {"xy": (1, end), "xycoords": ("axes fraction", "data")}
-        axis.annotate(text, **place, fontsize=7, ha="right", va="bottom")
-
-
-def layer_colour(layer: int, n_layer: int):
-    import matplotlib
-
-    if n_layer <= len(COLOURS):
-        return COLOURS[(layer + 1) % len(COLOURS)]
-    return matplotlib.colormaps["viridis"](0.9 * layer / (n_layer - 1))
+    n_of_run, bottom = squarings(attn_type), axis.get_ylim()[0]
+    if n_of_run and (end := range_end(n_of_run)) < 2.5 * bottom:  # far below all x
+        axis.set_title(f"{axis.get_title()}; {attn_type}'s range is {end} to 0", fontsize=9)
+    elif n_of_run:
+        axis.set_ylim(bottom=min(bottom, 1.15 * end))
+        bottom = axis.get_ylim()[0]
+        axis.axhspan(bottom, end, color=COLOURS[3], alpha=0.15, linewidth=0)
+    for n in [n_of_run] if n_of_run else range(1, MAX_N + 1) if attn_type == "GK" else []:
+        end = range_end(n)
+        if bottom < end and (n_of_run or end < 0.25 * bottom):
+            axis.axhline(end, color=COLOURS[3], linewidth=1, linestyle="--")
+            text, beside = f"end of GKpoly-{n}'s range", axis.get_yaxis_transform()
+            axis.text(1, end, text, transform=beside, fontsize=7, ha="right", va="bottom")
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw the pictures of a run into its folder; returns their paths.
-
-    Raises ImportError without matplotlib.
-    """
+    """Draw a run into its folder; returns the PNGs. Raises ImportError without matplotlib."""
     draw_losses([folder], folder)
-    if (folder / "stats.csv").exists():
-        draw_ranges(folder, folder)
-    return [path for path in (folder / "loss.png", folder / "ranges.png") if path.exists()]
+    if not (folder / "stats.csv").exists():
+        return [folder / "loss.png"]
+    draw_ranges(folder, folder)
+    return [folder / "loss.png", folder / "ranges.png"]

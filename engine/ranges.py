@@ -9,11 +9,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from model import GPT, MAX_N, Pointwise, gaussian_poly, parse_attn_type, scores
+from model import GPT, MAX_N, GPTConfig, gaussian_poly, parse_attn_type, scores
 
 ROWS = 128  # queries at a time: (nh, ROWS, T) scores are in memory
 SAMPLE = 2**18  # scores of a head up to which percentiles are exact; beyond, every s-th row counts
@@ -44,21 +45,15 @@ def range_end(n: int) -> int:
 
 @torch.no_grad()
 def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[[Tensor, Tensor], object]) -> list:
-    """What measure(q, k) returns for each layer, with q and k of shape (B, nh, T, hs), in float32
-    or float64.
-
-    `idx` (B, T) are token ids. `model` must be the plain model, neither compiled nor under DDP; it
-    is put into eval mode meanwhile.
-    """
+    """What measure(q, k), of (B, nh, T, hs) in float32 or float64, returns for each layer, when the
+    model reads the token ids (B, T). It must be the plain model, not compiled nor under DDP."""
     results = []
 
     def hook(module, inputs, output):
-        B, T, C = output.size(0), output.size(1), output.size(2) // 3
-        nh = model.config.n_head
+        B, T, _ = output.shape
         wide = torch.promote_types(output.dtype, torch.float32)
-        q, k, _ = (
-            t.view(B, T, nh, C // nh).transpose(1, 2).to(wide) for t in output.split(C, dim=2)
-        )
+        qkv = output.view(B, T, 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, _ = (t.to(wide) for t in qkv)  # (B, nh, T, hs) each
         with torch.autocast(q.device.type, enabled=False):  # or scores would be half precision
             results.append(measure(q, k))
 
@@ -75,63 +70,52 @@ def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[[Tensor, Tensor], 
     return results
 
 
-def row_blocks(q: Tensor, k: Tensor, variant: Pointwise | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The scores of t queries at a time, x (nh, t, T'), with their causal mask, bool (t, T'). Of
-    the T' keys, which belong to one sequence, the last t are those of the queries."""
-    score = "dot" if variant is None else variant.score
+def row_blocks(q: Tensor, k: Tensor, config: GPTConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """t queries at a time, with the T' keys of their sequence up to the last of them: scores x and
+    weights A, (nh, t, T') each, and the causal mask between them, bool (t, T')."""
+    variant, L = parse_attn_type(config.attn_type), config.pa_length
+    divisor = float(L) ** config.pa_length_power if L else 1.0
     for b in range(q.size(0)):
         for i in range(0, q.size(2), ROWS):
-            x = scores(q[b, :, i : i + ROWS], k[b, :, : i + ROWS], score)
-            if score == "distance":
-                x = x.clamp(max=0)  # above 0 there are rounding errors only
-            yield x, torch.ones(x.shape[1:], dtype=torch.bool, device=x.device).tril(i)
-
-
-def weights(x: Tensor, causal: Tensor, variant: Pointwise | None, divisor: float) -> Tensor:
-    """A (nh, t, T') from the scores of a block of rows."""
-    if variant is None:
-        return x.masked_fill(~causal, -math.inf).softmax(-1)
-    return variant.f(x).masked_fill(~causal, 0) / divisor
-
-
-def attention_of(model: GPT) -> tuple[Pointwise | None, float]:
-    """The formula of a model's attention (None for softmax), and the divisor of its weights."""
-    config = model.config
-    L = config.pa_length  # None for attentions that are not divided by the length
-    return parse_attn_type(config.attn_type), float(L) ** config.pa_length_power if L else 1.0
+            block = q[b, :, i : i + ROWS], k[b, :, : i + ROWS]
+            x = scores(*block, variant.score if variant else "dot")
+            causal = torch.ones(x.shape[1:], dtype=torch.bool, device=x.device).tril(i)
+            if variant is None:
+                A = x.masked_fill(~causal, -math.inf).softmax(-1)
+            else:
+                if variant.score == "distance":
+                    x = x.clamp(max=0)  # above 0 there are rounding errors only
+                A = variant.f(x).masked_fill(~causal, 0) / divisor
+            yield x, causal, A
 
 
 def measure(model: GPT, idx: Tensor, rt) -> list[dict]:
     """The rows of stats.csv, without the step, for token ids (B, T). See each_layer for `model`."""
-    variant, divisor = attention_of(model)
-    n = squarings(model.config.attn_type)
-    lowest = range_end(n) if n else -math.inf
-    layers = each_layer(model, idx, rt, lambda q, k: of_layer(q, k, variant, divisor, lowest))
-    rows = [
-        dict(zip(COLUMNS[1:], (layer, head, *numbers), strict=True))
+    config = model.config
+    layers = each_layer(model, idx, rt, lambda q, k: of_layer(q, k, config).tolist())
+    has_entropy, has_range = config.attn_type == "SM", squarings(config.attn_type)
+    empty = ([] if has_range else ["outside"]) + ([] if has_entropy else ["entropy"])
+    return [
+        dict(zip(COLUMNS[1:], (layer, head, *numbers), strict=True)) | dict.fromkeys(empty)
         for layer, heads in enumerate(layers)
-        for head, numbers in enumerate(heads.tolist())
+        for head, numbers in enumerate(heads)
     ]
-    meaningless = ([] if n else ["outside"]) + (["entropy"] if variant else [])
-    return [row | dict.fromkeys(meaningless) for row in rows]
 
 
-def of_layer(q, k, variant: Pointwise | None, divisor: float, lowest: float) -> Tensor:
-    """The numbers of COLUMNS after `head`, from q and k (B, nh, T, hs): a row for each head.
-
-    `lowest` is the end of the polynomial's range. Memory holds one block of rows, a few numbers of
-    every row, and the sample for the percentiles.
-    """
+def of_layer(q: Tensor, k: Tensor, config: GPTConfig) -> Tensor:
+    """The numbers of COLUMNS after `head`, from q and k (B, nh, T, hs): a row for each head. Memory
+    holds one block of rows, a few numbers of every row, and the sample for the percentiles."""
     B, _, T, _ = q.shape
     n_scores = B * T * (T + 1) // 2
     stride = math.ceil(n_scores / SAMPLE)
+    n = squarings(config.attn_type)
+    lowest = range_end(n) if n else -math.inf
     blocks = defaultdict(list)
-    for x, causal in row_blocks(q, k, variant):
+    for x, causal, A in row_blocks(q, k, config):
         n_queries, n_keys = causal.shape
         sampled = slice((n_queries - n_keys) % stride, None, stride)  # rows 0, stride, ...
         blocks["sample"].append(x[:, sampled][:, causal[sampled]])
         # One number for each row, (nh, t)
-        A = weights(x, causal, variant, divisor)
         blocks["low"].append(x.masked_fill(~causal, math.inf).amin(-1))
         blocks["high"].append(x.masked_fill(~causal, -math.inf).amax(-1))
         blocks["outside"].append((~(x >= lowest) & causal).sum(-1))  # counts NaN too
@@ -150,32 +134,19 @@ def of_layer(q, k, variant: Pointwise | None, divisor: float, lowest: float) -> 
 
 def attention_maps(model: GPT, idx: Tensor, rt) -> list[Tensor]:
     """A of each layer, (nh, T, T), for the token ids (1, T) of one text with T <= ROWS."""
-    variant, divisor = attention_of(model)
-
-    def layer_map(q, k):
-        ((x, causal),) = row_blocks(q, k, variant)
-        return weights(x, causal, variant, divisor).cpu()
-
-    return each_layer(model, idx, rt, layer_map)
-
-
-# ----------------------------------------------------------------------------
-# What the numbers say
+    first_block = lambda q, k: next(row_blocks(q, k, model.config))
+    return [A.cpu() for _, _, A in each_layer(model, idx, rt, first_block)]
 
 
 def per_layer(rows: list[dict]) -> dict[str, float]:
-    """Some numbers of one step, {'x_min/layer0': ...}: the extremes over a layer's heads, and of
-    the entropy, which only softmax has, the mean."""
-    mean = lambda values: math.fsum(values) / len(values)
-    layers, numbers = defaultdict(list), {}
+    """Some numbers of one step, {'x_min/layer0': ...}: extremes, or the mean entropy, of heads."""
+    reductions = {"x_min": min, "x_max": max, "A_max": max, "outside": max, "entropy": fmean}
+    values = defaultdict(list)
     for row in rows:
-        layers[row["layer"]].append(row)
-    reductions = {"x_min": min, "x_max": max, "A_max": max, "outside": max, "entropy": mean}
-    for layer, heads in layers.items():
-        for name, reduce in reductions.items():
-            if heads[0][name] is not None:
-                numbers[f"{name}/layer{layer}"] = reduce([row[name] for row in heads])
-    return numbers
+        for name in reductions:
+            if row[name] is not None:
+                values[name, row["layer"]].append(row[name])
+    return {f"{name}/layer{i}": reductions[name](heads) for (name, i), heads in values.items()}
 
 
 def polynomial_error(n: int, low: float, high: float) -> float:
@@ -196,14 +167,13 @@ def summary(rows: list[dict], attn_type: str, tolerance: float) -> str:
     """One line about the last step in stats.csv: the range of x, and for GK and GKpoly-n which n
     has that range and which one keeps the polynomial's error below `tolerance`."""
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    low, high = min(float(r["x_min"]) for r in last), max(float(r["x_max"]) for r in last)
+    lows, highs = ([float(row[name]) for row in last] for name in ("x_min", "x_max"))
+    low, high, n = min(lows), max(highs), squarings(attn_type)
     line = f"scores x at step {rows[-1]['step']}: {low:.4g} to {high:.4g}"
     line += f", largest |x| {max(-low, high):.4g}"
-    n = squarings(attn_type)
     if attn_type != "GK" and n is None:
         return line
-    # Of every head: min and max find a NaN or not, depending on where it stands
-    if not all(math.isfinite(float(r[name])) for r in last for name in ("x_min", "x_max")):
+    if not all(map(math.isfinite, lows + highs)):  # min and max may miss a NaN
         return f"{line}: no polynomial follows exp there"
     in_range = least_n(lambda n: range_end(n) <= low)
     precise = least_n(lambda n: polynomial_error(n, low, high) < tolerance)
@@ -212,12 +182,10 @@ def summary(rows: list[dict], attn_type: str, tolerance: float) -> str:
         return f"{line}; a polynomial GKpoly-n needs {needs}"
     range_text = f"{attn_type}'s range {range_end(n)} to 0"
     error = f"error against exp up to {polynomial_error(n, low, high):.2g}; it takes {needs}"
-    steps_outside = {row["step"] for row in rows if not float(row["outside"]) == 0}
+    steps = {row["step"] for row in rows}
+    steps_outside = {row["step"] for row in rows if float(row["outside"]) != 0}  # or NaN
     if not steps_outside:
         return f"{line}; all in {range_text}, {error}"
-    n_steps = len({row["step"] for row in rows})
     share = max(float(row["outside"]) for row in last)
-    return (
-        f"{line}; out of {range_text} at {len(steps_outside)} of {n_steps} measured steps, at the "
-        f"last one up to {share:.2%} of a head's x; {error}"
-    )
+    line += f"; out of {range_text} at {len(steps_outside)} of {len(steps)} measured steps"
+    return f"{line}, at the last one up to {share:.2%} of a head's x; {error}"

@@ -20,7 +20,7 @@ import compare
 import train
 from compare import CompareConfig, Trial
 from configurator import UserError
-from engine.comparison import best_rates
+from engine.comparison import best_runs
 from engine.runlog import RunLog
 from train import Config
 
@@ -184,7 +184,7 @@ def test_each_attention_is_judged_at_its_best_learning_rate():
         for rate, pair in at.items()
         for seed, loss in enumerate(pair, 1)
     ]
-    assert best_rates(rows) == {"SM": 1e-3, "GK": 3e-3}
+    assert best_runs(rows) == {"SM": rows[:2], "GK": rows[8:10], "PA_relu": []}
     trial = Trial({}, Config(out_dir="nowhere"))
     text = compare.report(rows, [trial] * 20, "python compare.py")
     cells = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]

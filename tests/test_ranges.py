@@ -119,8 +119,8 @@ def test_measuring_leaves_the_model_as_it_was_and_sees_adapters(more):
 def test_under_half_precision_scores_are_float32():
     model, idx = trained_looking("GK", 1.0)
     half = Runtime("cpu", "bfloat16", False)
-    blocks = ranges.each_layer(model, idx, half, lambda q, k: next(ranges.row_blocks(q, k, None)))
-    x, _ = blocks[0]
+    first_block = lambda q, k: next(ranges.row_blocks(q, k, model.config))
+    x, *_ = ranges.each_layer(model, idx, half, first_block)[0]
     assert x.dtype == torch.float32
     assert not torch.equal(x, x.bfloat16().float())  # nor rounded on the way
     a, b = ranges.measure(model, idx, RT)[0], ranges.measure(model, idx, half)[0]
