@@ -207,8 +207,8 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     run = start.begin(Config, given, rt)
     config, data = run.config, run.data
     if config.datasets:
-        about = {"model": str(run.weights.source), "step": (run.checkpoint or {}).get("iter_num")}
-        return run_evaluation(run.model, run.weights.tokenizer_meta, about, config, rt)
+        about = {"model": str(run.source), "step": (run.checkpoint or {}).get("iter_num")}
+        return run_evaluation(run.model, run.tokenizer_meta, about, config, rt)
     rt.print(
         f"{config.attn_type} ({start.choose_implementation(config, rt)}) on {rt.device}, "
         f"{rt.dtype}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
@@ -235,7 +235,7 @@ def loop(
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     step, best_val_loss, evaluated = 0, math.inf, -1  # updates done; step of the last evaluation
     if resumes:
-        state = ckpt.resume(run.checkpoint, run.path, optimizer, scaler, rt)
+        state = ckpt.resume(run.checkpoint, run.source, optimizer, scaler, rt)
         step, best_val_loss, evaluated = state
     folder, base = run_folder.prepare(run, rt)
     run.checkpoint = run.teacher = None  # the loop needs their memory

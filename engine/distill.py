@@ -11,12 +11,9 @@ from model import GPT
 
 
 class Matching(nn.Module):
-    """Student and teacher as one module that is trained as a GPT is.
-
-    The student begins with the teacher's weights. Only its attention layers (c_attn and c_proj, or
-    their adapters) are trained until `release` is called. Raises UserError if there is none to
-    train.
-    """
+    """Student and teacher as one module that is trained as a GPT is. The student begins with the
+    teacher's weights. Until `release` is called, only its attention layers (c_attn and c_proj, or
+    their adapters) are trained. Raises UserError if there is none to train."""
 
     def __init__(self, student: GPT, teacher: GPT):
         super().__init__()
@@ -30,10 +27,8 @@ class Matching(nn.Module):
 
     def forward(self, idx: Tensor, targets=None, with_logits=False) -> tuple[None, Tensor]:
         """Token ids (B, T) -> (None, mean over layers of |y - y_t|^2 / |y_t|^2), where y_t is the
-        output of the teacher's layer and y that of the student's for the same input.
-
-        A student whose outputs are zero has 1. The other arguments are GPT.forward's, unused.
-        """
+        output of the teacher's layer and y that of the student's for the same input: 1 if y is 0.
+        The other arguments are GPT.forward's, unused."""
         errors = []
         with torch.no_grad():
             pos = torch.arange(idx.size(1), device=idx.device)
@@ -56,10 +51,8 @@ class Matching(nn.Module):
 
 class Trainee:
     """The model to train now: first, given a teacher, the attention layers only, then all of it.
-
     `model` is what a training step takes, under DDP if there are several ranks; `whole_model` is
-    the student to evaluate. Both are compiled if that was asked for.
-    """
+    the student to evaluate. Both are compiled if that was asked for."""
 
     def __init__(self, student: GPT, teacher: GPT | None, rt):
         self.rt = rt
