@@ -284,7 +284,7 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
             raise UserError(f"{another}: {name} is {shape}, not {tuple(tensor.shape)}")
     if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
         raise UserError(
-            f"{another}: lm_head.weight and transformer.wte.weight, one in GPT-2, differ"
+            f"{another}: lm_head.weight and transformer.wte.weight, one matrix in GPT-2, differ"
         )
 
 

@@ -55,15 +55,11 @@ class Trainee:
     the student to evaluate. Both are compiled if that was asked for."""
 
     def __init__(self, student: GPT, teacher: GPT | None, rt):
-        self.rt = rt
-        self.matching = Matching(student, teacher).to(rt.device) if teacher else None
+        self.rt, self.matching = rt, None  # the latter for as long as attention layers are matched
+        if teacher:
+            self.matching = Matching(student, teacher).to(rt.device)
         self.whole_model = rt.compiled(student)  # not under DDP: it has no gradients to average
         self.model = rt.wrap(rt.compiled(self.matching) if teacher else self.whole_model)
-
-    @property
-    def matches(self) -> bool:
-        """Whether attention layers are being matched with the teacher's."""
-        return self.matching is not None
 
     def train_whole_model(self) -> None:
         """End the matching, and free the teacher."""

@@ -150,6 +150,7 @@ class Runtime:
             return torch.cuda.max_memory_allocated() / 2**20
         with suppress(OSError):  # only Linux has /proc
             return resident("VmHWM")
+        return None
 
     def close(self) -> None:
         """Leave the process group. DDP uses the group and is part of reference cycles: unless it is
