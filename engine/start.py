@@ -363,6 +363,8 @@ def match_architecture(model: GPT, given: dict, source: Path | str, resumes: boo
         if wanted in (None, has):
             continue
         if key != "block_size" or wanted > has or resumes:
-            other = ", or change it with --init_from=finetune" if key in KEPT else ""
-            raise UserError(f"{source} has {key}={has}, not {wanted}; leave --{key} out{other}")
+            repair = f"leave --{key} out"
+            if key in KEPT:
+                repair += ", or use --init_from=finetune to start from its weights"
+            raise UserError(f"{source} was trained with {key}={has}, not {wanted}; {repair}")
         model.crop_block_size(wanted)
