@@ -35,11 +35,9 @@ def run_folder(config) -> Path:
 
 def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
     """Make the folder of a run (start.Start), with config.json and, if there must be one, base.pt.
-    Returns the folder, and what each checkpoint says about base.pt.
-
-    A run that is already there is moved aside, and so is the damaged checkpoint of a run that goes
-    on from the checkpoint before it. Raises UserError if the folder can't be written.
-    """
+    Returns the folder, and what each checkpoint says about base.pt. A run that is already there is
+    moved aside, and so is the damaged checkpoint of a run that goes on from the checkpoint before
+    it. Raises UserError if the folder can't be written."""
     config, folder = run.config, run_folder(run.config)
     resumes = config.init_from == "resume"
     if config.init_from == "finetune":

@@ -114,7 +114,7 @@ class Runtime:
             dist.broadcast(t, src=0)
 
     def gather(self, text: str) -> list[str]:
-        """The texts of all ranks, on every rank."""
+        """The texts of all ranks, on every rank, which waits for the slowest."""
         texts = [text] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(texts, text)
@@ -124,10 +124,6 @@ class Runtime:
         """Print once, from the main process."""
         if self.is_main:
             say(line)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, e.g. before a clock is read."""
@@ -179,11 +175,9 @@ def say(line: str) -> None:
 
 
 class Interrupt:
-    """SIGTERM and SIGINT as a flag, while the context is open; a second signal ends the process.
-
-    A signal within PATIENCE seconds of the first counts as the same one: schedulers signal a whole
-    group of processes, and torchrun its ranks.
-    """
+    """SIGTERM and SIGINT as a flag, while the context is open; a second signal ends the process. A
+    signal within PATIENCE seconds of the first counts as the same one: schedulers signal a whole
+    group of processes, and torchrun its ranks."""
 
     PATIENCE = 2.0
 

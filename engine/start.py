@@ -272,12 +272,13 @@ def check_dataset_is_named(argv: list[str], given: dict, config) -> None:
 
 def open_data(config, rt: Runtime) -> Dataset:
     """The data set; pydocs, which needs no network, is prepared here when it is missing."""
-    folder = Path(config.data_dir or DATA_DIR) / config.dataset
+    folder, problem = Path(config.data_dir or DATA_DIR) / config.dataset, ""
     if config.dataset == "pydocs" and rt.local_rank == 0 and not (folder / "meta.json").exists():
         script = DATA_DIR / "pydocs" / "prepare.py"
         if subprocess.run([sys.executable, script, "--out", folder]).returncode:
-            raise UserError(f"data set pydocs could not be prepared; try  python {script}")
-    rt.barrier()
+            problem = f"data set pydocs could not be prepared; try  python {script}"
+    if problem := max(rt.gather(problem)):
+        raise UserError(problem)
     return Dataset(config.dataset, config.data_dir)
 
 

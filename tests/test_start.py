@@ -214,7 +214,7 @@ def test_a_run_that_is_named_in_another_way_is_answered_with_the_right_one(
 def test_a_mistake_reaches_the_terminal_whichever_rank_ends_first(tmp_path):
     (tmp_path / "late.py").write_text(
         "import os, time\ntime.sleep(1.5 * (os.environ['RANK'] == '0'))\n"
-        "dataset = 'pydocs'\nn_embd = 30\nn_head = 4\n"
+        "dataset, n_embd, n_head = 'abc', 30, 4\n"
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess_run(*torchrun, ROOT / "train.py", "late.py", "--device=cpu", cwd=tmp_path)
