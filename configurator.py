@@ -31,11 +31,8 @@ CONFIG_DIR = ROOT / "config"
 
 class UserError(Exception):
     """A mistake that the user can repair. Its text is one line: what was given, what is allowed,
-    and the command that repairs it.
-
-    Under torchrun one rank of each node prints it, the first to get there, unless the mistake is of
-    `this_rank` alone.
-    """
+    and the command that repairs it. Under torchrun one rank of each node prints it, the first to
+    get there, unless the mistake is of `this_rank` alone."""
 
     def __init__(self, text: object, this_rank: bool = False):
         super().__init__(str(text))
@@ -72,10 +69,8 @@ def run(main: Callable[[], None]) -> None:
 
 def parse(Config: type, argv: list[str]) -> dict:
     """The keys that `argv` sets, by config files or by --key=value, as {key: value of its type}.
-
-    Prints the help and exits where `--help` is asked for. Raises UserError for an unknown key (with
-    the nearest known one), a value of the wrong type or outside its rule, and a missing file.
-    """
+    Prints the help and exits where `--help` is asked for. Raises UserError for an unknown key, a
+    value of the wrong type or outside its rule, and a missing file."""
     if "--help" in argv or "-h" in argv:
         print(help_text(Config))
         sys.exit(0)
@@ -113,97 +108,83 @@ def read_config_file(Config: type, name: str) -> dict:
     for key, value in namespace.items():
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue  # helpers of the file itself
-        source = f"{key} = {value!r} in {path}"
-        values[key] = convert(Config, key, value, source)
+        values[key] = convert(Config, key, value, f"{key} = {value!r} in {path}")
     if not values:
         raise UserError(f"{path} sets no key, so it is no config; those in config/ are examples")
     return values
 
 
-def types_of(Config: type, key: str, source: str) -> tuple:
-    """The types that `key` may have: of `int | None`, int and NoneType.
-
-    Raises UserError, which names `source`, for an unknown key, and suggests the nearest known one.
-    """
+def allowed_values(Config: type, key: str, source: str) -> list:
+    """The types that `key` may have, and the strings: of `Literal["a", "b"] | None`, "a", "b" and
+    NoneType. Raises UserError, which names `source`, for an unknown key."""
     hints = typing.get_type_hints(Config)
     if key not in hints:
         nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
         advice = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
         raise UserError(f"unknown key {key!r} ({source}); {advice}")
-    hint = hints[key]
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return typing.get_args(hint) if is_union else (hint,)
+    is_union = typing.get_origin(hints[key]) in (types.UnionType, typing.Union)
+    allowed = []
+    for kind in typing.get_args(hints[key]) if is_union else (hints[key],):
+        is_literal = typing.get_origin(kind) is typing.Literal
+        allowed += typing.get_args(kind) if is_literal else [kind]
+    return allowed
 
 
 def value_of_text(Config: type, key: str, text: str, source: str) -> object:
-    """The value of `key` that `text`, as of the command line, stands for.
-
-    'none' and 'auto', in any case, mean None for the keys that may be None. Raises UserError as
-    `convert` does.
-    """
-    kinds, value = types_of(Config, key, source), text
-    if type(None) in kinds and text.lower() in ("none", "auto"):
+    """The value of `key` that `text`, as of the command line, stands for. 'none' and 'auto' mean
+    None for the keys that may be None. Raises UserError as `convert` does."""
+    allowed, value = allowed_values(Config, key, source), text
+    if type(None) in allowed and text.lower() in ("none", "auto"):
         return None
-    if bool in kinds:
-        value = {"true": True, "false": False}.get(text.strip().lower(), text)
-    for kind in (int, float):
-        if kind in kinds:
-            with suppress(ValueError):
-                value = kind(text)
-                break
+    with suppress(ValueError):
+        if bool in allowed:
+            value = {"true": True, "false": False}.get(text.strip().lower(), text)
+        elif int in allowed:
+            value = int(text)
+        elif float in allowed:
+            value = float(text)
     if key.endswith("_dir") or key in ("init_from", "teacher", "to", "out"):
         value = os.path.expanduser(text)  # bash leaves the ~ of --key=~/folder alone
     return convert(Config, key, value, source)
 
 
 def convert(Config: type, key: str, value: object, source: str) -> object:
-    """`value`, if `key` may have it; whole numbers become float where that is wanted.
-
-    Raises UserError, which names `source`, for an unknown key and a value of another type.
-    """
-    kinds = types_of(Config, key, source)
-    if float in kinds and type(value) is int:
+    """`value`, if `key` may have it; whole numbers become float where that is wanted. Raises
+    UserError, which names `source`, for an unknown key and a value of another type."""
+    allowed = allowed_values(Config, key, source)
+    if float in allowed and type(value) is int:
         value = float(value)
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal:
-            if type(value) is str and value in typing.get_args(kind):
-                return value
-        elif type(value) is kind and not (kind is float and not math.isfinite(value)):
-            return value
-    names = []
-    for kind in kinds:
-        is_literal = typing.get_origin(kind) is typing.Literal
-        names += typing.get_args(kind) if is_literal else [kind.__name__]
-    allowed = " or ".join(names).replace("NoneType", "None")
-    raise UserError(f"{source}: {key} must be {allowed}")
+    is_number = type(value) is not float or math.isfinite(value)
+    if type(value) in allowed and is_number or type(value) is str and value in allowed:
+        return value
+    names = [getattr(kind, "__name__", kind) for kind in allowed]
+    raise UserError(f"{source}: {key} must be {' or '.join(names).replace('NoneType', 'None')}")
 
 
 # What a number must satisfy, whichever script reads it
-RULES = [
-    (
+RULES = {
+    "must be at least 1": (
         lambda v: v >= 1,
-        "must be at least 1",
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
         "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T "
         "window_stride sample_batch eval_stride jobs",
     ),
-    (
+    "must not be negative": (
         lambda v: v >= 0,
-        "must not be negative",
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
         "pa_length_power temperature seed warmup skip_nonfinite distill_iters lora_rank "
         "stats_interval",
     ),
-    (lambda v: v < 8, "must be below 8", "pa_length_power"),
-    (lambda v: 0 < v <= 1, "must be above 0 and at most 1", "top_p stats_tolerance"),
-    (lambda v: 0 <= v < 1, "must be at least 0 and below 1", "dropout beta1 beta2"),
-    (lambda v: v < 2**63, "must be below 2^63", "seed"),
-]
+    "must be below 8": (lambda v: v < 8, "pa_length_power"),
+    "must be above 0 and at most 1": (lambda v: 0 < v <= 1, "top_p stats_tolerance"),
+    "must be at least 0 and below 1": (lambda v: 0 <= v < 1, "dropout beta1 beta2"),
+    "must be below 2^63": (lambda v: v < 2**63, "seed"),
+}
 
 
 def check_rules(values: dict) -> None:
     """Raise UserError for the first value that no script could use."""
-    for holds, rule, keys in RULES:
+    for rule, (holds, keys) in RULES.items():
         for key in keys.split():
             if values.get(key) is not None and not holds(values[key]):
                 raise UserError(f"{key}={values[key]} is impossible: {key} {rule}")
@@ -211,9 +192,7 @@ def check_rules(values: dict) -> None:
 
 def help_text(Config: type) -> str:
     """Every key of Config with its default and its comment, under the comments of the sections.
-
-    {NAMES} in a comment stands for the strings of that tuple in the module of Config.
-    """
+    {NAMES} in a comment stands for the strings of that tuple in the module of Config."""
     lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), ""]
     lines += ["Keys, set by a config file or as --key=value:"]
     width = max(80, shutil.get_terminal_size().columns)

@@ -207,8 +207,8 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     run = start.begin(Config, given, rt)
     config, data = run.config, run.data
     if config.datasets:
-        about = {"model": str(run.weights.source), "step": (run.checkpoint or {}).get("iter_num")}
-        return run_evaluation(run.model, run.weights.tokenizer_meta, about, config, rt)
+        about = {"model": str(run.source), "step": (run.checkpoint or {}).get("iter_num")}
+        return run_evaluation(run.model, run.tokenizer_meta, about, config, rt)
     rt.print(
         f"{config.attn_type} ({start.choose_implementation(config, rt)}) on {rt.device}, "
         f"{rt.dtype}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
@@ -235,7 +235,7 @@ def loop(
     scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == "float16")
     step, best_val_loss, evaluated = 0, math.inf, -1  # updates done; step of the last evaluation
     if resumes:
-        state = ckpt.resume(run.checkpoint, run.path, optimizer, scaler, rt)
+        state = ckpt.resume(run.checkpoint, run.source, optimizer, scaler, rt)
         step, best_val_loss, evaluated = state
     folder, base = run_folder.prepare(run, rt)
     run.checkpoint = run.teacher = None  # the loop needs their memory
@@ -255,7 +255,7 @@ def loop(
     row, seconds, logged, skipped = {}, 0.0, step, 0  # since the row of step `logged`
     while True:
         stop = interrupt.poll(rt)  # the exit code that a signal to any rank asks for, or 0
-        if trainee.matches and step >= n_matching:
+        if trainee.matching and step >= n_matching:
             trainee.train_whole_model()
             optimizer = new_optimizer(model, config, rt)
 
@@ -273,22 +273,20 @@ def loop(
             row |= {"val_loss": losses["val"], "eval_train_loss": losses["train"]}
         if losses or row and (due(config.log_interval) or due(config.eval_interval) or stop):
             if step > logged:
-                matched = "distill_loss" in row
-                row |= speed(model, config, rt, seconds, step - logged, matched)
+                row |= speed(model, config, rt, seconds, step - logged, "distill_loss" in row)
             log.write(step=step, tokens=step * start.tokens_per_step(config), **row)
             row, seconds, logged = {}, 0.0, step
         if config.stats_interval and due(config.stats_interval) and not stop:
-            log.write_stats(step, lambda: ranges.measure(model, first_of("val", run, rt), rt))
+            log.write_stats(step, lambda: ranges.measure(model, first_sequences(run, rt), rt))
 
         # Save
         if save or stop and saver.step != step:
             if not all(weight.isfinite().all() for weight in model.parameters()):
                 raise not_done(step + 1, "the weights are not finite", saver.step, folder, config)
-            weights = model.state_dict()
+            # With adapters, the weights under them are in base.pt
+            is_saved = lambda name: not config.lora_rank or ".lora_" in name
             checkpoint = {
-                "model": {
-                    k: w for k, w in weights.items() if not config.lora_rank or ".lora_" in k
-                },
+                "model": {k: w for k, w in model.state_dict().items() if is_saved(k)},
                 "optimizer": optimizer.state_dict(),
                 "optimizer_is_new": not optimizer.state,
                 "model_args": model.config.model_args(),
@@ -311,21 +309,20 @@ def loop(
         for group in optimizer.param_groups:
             group["lr"] = lr
         began = time.perf_counter()
-        loss, norm, updated = train_step(
-            trainee.model, optimizer, scaler, batches, rt, config, step
-        )
+        result = train_step(trainee.model, optimizer, scaler, batches, rt, config, step)
+        loss, norm, updated = result
         seconds += time.perf_counter() - began
         if not updated:
             skipped += 1
             problem = f"loss {loss:.4g} and gradient norm {norm:.4g}"
             if skipped > config.skip_nonfinite:
-                if not trainee.matches:
+                if not trainee.matching:
                     problem += explain(model, load, step, config, rt)
                 raise not_done(step + 1, problem, saver.step, folder, config)
             log.say(f"step {step + 1}: {problem}: skipped, {skipped} of {config.skip_nonfinite}")
         step += 1
-        row = {"distill_loss" if trainee.matches else "train_loss": loss, "grad_norm": norm}
-        row |= {"lr": lr}
+        name = "distill_loss" if trainee.matching else "train_loss"
+        row = {name: loss, "grad_norm": norm, "lr": lr}
 
     if stop:
         resume = f"--init_from=resume --out_dir={os.path.relpath(folder)}"
@@ -343,20 +340,18 @@ def new_optimizer(model, config: Config, rt: runtime.Runtime) -> torch.optim.Opt
     )
 
 
-def first_of(split: str, run: start.Start, rt: runtime.Runtime) -> torch.Tensor:
-    """Token ids (B, T) of the first sequences that are evaluated, four at most."""
+def first_sequences(run: start.Start, rt: runtime.Runtime) -> torch.Tensor:
+    """Token ids (B, T) of the first validation sequences that are evaluated, four at most."""
     B, T = min(run.config.batch_size, 4), run.config.block_size
-    return rt.to_device(*run.data.batch(split, Purpose.EVAL, EVAL_SEED, 0, 0, B, T))[0]
+    return rt.to_device(*run.data.batch("val", Purpose.EVAL, EVAL_SEED, 0, 0, B, T))[0]
 
 
 def main() -> None:
     given = configurator.parse(Config, sys.argv[1:])
     config = Config(**given)
     start.check_dataset_is_named(sys.argv[1:], given, config)
-    with (
-        runtime.session(config.device, config.dtype, config.compile, config.backend) as rt,
-        ExitStack() as stack,
-    ):
+    machine = config.device, config.dtype, config.compile, config.backend
+    with runtime.session(*machine) as rt, ExitStack() as stack:
         code = train(given, rt, stack)
     if code:
         sys.exit(code)

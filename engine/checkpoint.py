@@ -38,9 +38,7 @@ LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
 def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
     """Write folder/ckpt.pt; the file that was there becomes previous.pt. The best is best.pt too.
-
-    Raises OSError, for example for a full disk, and leaves the folder as it was.
-    """
+    Raises OSError, for example for a full disk, and leaves the folder as it was."""
     path = folder / LATEST
     with whole_file(path, "wb") as file:
         write_sealed(checkpoint, file)
@@ -86,7 +84,7 @@ class HashedFile:
     """A file to write to, and the SHA-256 of what was written."""
 
     def __init__(self, file):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+        self.file, self.sha256, self.error, self.flush = file, hashlib.sha256(), None, file.flush
 
     def write(self, data) -> int:
         self.sha256.update(data)
@@ -96,22 +94,21 @@ class HashedFile:
             self.error = error  # torch raises an error of its own instead, which hides the reason
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 class Saver:
-    """The saves of one run. A save that fails, for a full disk say, costs one line and is retried.
-
-    `step` is that of the newest checkpoint in the folder, None if there is none; `failed` says that
-    the last save did not succeed.
-    """
+    """The saves of one run. One that fails, for a full disk say, costs a line and is retried."""
 
     RETRY = 30.0  # seconds to wait before a save is tried again
 
     def __init__(self, folder: Path, say: Callable[[str], None], step: int | None):
-        self.folder, self.say, self.step = folder, say, step
-        self.failed, self.retry_at = False, math.inf
+        self.folder, self.say = folder, say
+        self.step = step  # of the newest checkpoint in the folder, None if there is none
+        self.retry_at = math.inf  # when the last save is tried again, if it failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save failed."""
+        return self.retry_at < math.inf
 
     def save(self, checkpoint: dict, is_best: bool) -> bool:
         """Whether the save succeeded."""
@@ -119,14 +116,12 @@ class Saver:
         try:
             save(checkpoint, self.folder, is_best)
         except OSError as error:
-            self.failed, self.retry_at = True, time.monotonic() + self.RETRY
+            self.retry_at = time.monotonic() + self.RETRY
             kept = "there is none yet" if self.step is None else f"the last is of step {self.step}"
-            self.say(
-                f"checkpoint of step {step} not saved ({error.strerror}); {kept}; "
-                f"next try in {self.RETRY:.0f} s"
-            )
+            problem = f"checkpoint of step {step} not saved ({error.strerror}); {kept}"
+            self.say(f"{problem}; next try in {self.RETRY:.0f} s")
             return False
-        self.step, self.failed, self.retry_at = step, False, math.inf
+        self.step, self.retry_at = step, math.inf
         return True
 
     def is_due_again(self) -> bool:
@@ -185,27 +180,27 @@ class Damaged(UserError):
 
 def load_newest(folder: Path) -> tuple[dict, Path, str | None]:
     """The newest whole checkpoint of a run, its path, and a line about a damaged one passed over.
-
-    Raises UserError if there is none.
-    """
+    Raises UserError if there is none."""
+    if folder.is_file():
+        problem = f"{folder} is a file, but a run is named by its folder"
+        raise UserError(f"{problem}; pass --out_dir={folder.parent}")
     path, older = folder / LATEST, folder / PREVIOUS
-    if not os.path.isfile(path) and os.path.isfile(older):
-        return load(older), older, f"{path} is missing; going on from {older}"
-    try:
+    if not os.path.isfile(older):
         return load(path), path, None
-    except Damaged as trouble:
-        if not os.path.isfile(older):
-            raise
-        return load(older), older, f"{trouble}; going on from {older}"
+    trouble = f"{path} is missing"
+    if os.path.isfile(path):
+        try:
+            return load(path), path, None
+        except Damaged as error:
+            trouble = str(error)
+    return load(older), older, f"{trouble}; going on from {older}"
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint of this project or of nanoGPT onto the CPU.
-
-    Its state dict comes back as this project would have written it (see `normalise`), checked
-    against the shapes that model_args promise. Raises UserError if the file is missing, can't be
-    read, holds anything but plain data and tensors, or contradicts itself; Damaged if it is.
-    """
+    """Read a checkpoint of this project or of nanoGPT onto the CPU, in this project's form (see
+    `normalise`), its state dict checked against model_args. Raises UserError if the file is
+    missing, can't be read, holds anything but plain data and tensors, or contradicts itself;
+    Damaged if it is."""
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
@@ -214,9 +209,8 @@ def load(path: Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} holds more than plain data, and is not loaded: {reason}"
-        ) from error
+        problem = f"{path} holds more than plain data, and is not loaded: {reason}"
+        raise UserError(problem) from error
     except MemoryError:
         raise
     except OSError as error:
@@ -233,20 +227,24 @@ def load(path: Path) -> dict:
     normalise(checkpoint, path)
     if type(checkpoint.get("iter_num", 0)) is not int:
         raise UserError(f"{path} is not a checkpoint: its iter_num must be a whole number")
-    if config_of(checkpoint, path).lora_rank and isinstance(checkpoint.get("base"), dict):
+    config = config_of(checkpoint, path)
+    if config.lora_rank and isinstance(checkpoint.get("base"), dict):
         checkpoint["model"] |= load_base(path.parent, checkpoint["base"])["model"]
-    check_state(checkpoint["model"], config_of(checkpoint, path), path)
+    check_state(checkpoint["model"], config, path)
     return checkpoint
+
+
+def without_tensors(checkpoint: dict) -> dict:
+    """What ranks other than the main one get of a checkpoint; see `build_model` and `resume`."""
+    return {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer")}
 
 
 def load_base(folder: Path, base: object) -> dict:
     """The checkpoint folder/base.pt, which must be the one that `base` describes."""
     loaded, base = load(folder / BASE), base if isinstance(base, dict) else {}
     if digest(loaded["model"]) != base.get("sha256"):
-        raise UserError(
-            f"{folder / BASE} is not the one that this run began with, {base.get('came_from')}; "
-            "put that file back"
-        )
+        problem = f"{folder / BASE} is not the one that this run began with"
+        raise UserError(f"{problem}, {base.get('came_from')}; put that file back")
     return loaded
 
 
@@ -277,35 +275,28 @@ def check_state(state: dict, config: GPTConfig, path: Path) -> None:
             expected = GPT(config).state_dict()
     except RuntimeError as error:  # sizes beyond all storage
         raise UserError(f"{path} describes a model that can't be built: {error}") from error
-    odd = sorted(expected.keys() ^ state.keys())
-    if odd:
-        raise UserError(f"{path} is of another architecture: {odd[0]} is missing or unknown")
+    another = f"{path} is of another architecture"
+    if odd := sorted(expected.keys() ^ state.keys()):
+        raise UserError(f"{another}: {odd[0]} is missing or unknown")
     for name, tensor in expected.items():
         if not is_plain(state[name]) or state[name].shape != tensor.shape:
-            got = tuple(getattr(state[name], "shape", ()))
-            raise UserError(
-                f"{path} is of another architecture: {name} is {got}, not {tuple(tensor.shape)}"
-            )
+            shape = tuple(getattr(state[name], "shape", ()))
+            raise UserError(f"{another}: {name} is {shape}, not {tuple(tensor.shape)}")
     if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
         raise UserError(
-            f"{path} is of another architecture: lm_head.weight and transformer.wte.weight differ, "
-            "which are one matrix here and in GPT-2"
+            f"{another}: lm_head.weight and transformer.wte.weight, one matrix in GPT-2, differ"
         )
 
 
 def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
-    """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type.
-
-    If lora_rank is among them, even unchanged, trained adapters become part of the weights, and new
-    ones begin. A checkpoint without weights (see start.read_checkpoint) gives a model with
-    uninitialised ones.
-    """
+    """The model of a loaded checkpoint; `overrides` are GPTConfig fields such as attn_type. If
+    lora_rank is among them, even unchanged, trained adapters become part of the weights, and new
+    ones begin. Without tensors, the checkpoint gives a model with uninitialised weights."""
     saved, renews = config_of(checkpoint, path), "lora_rank" in overrides
     with WithoutRandomWeights():
         model = GPT(config_of(checkpoint, path, **overrides))
     if "model" in checkpoint:
-        state = checkpoint["model"]
-        state = fold_lora(state, saved) if renews else state
+        state = fold_lora(checkpoint["model"], saved) if renews else checkpoint["model"]
         model.load_state_dict(state, strict=not renews)
     if renews and model.config.lora_rank:
         init_adapters(model)
@@ -315,13 +306,20 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
 def resume(
     checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler, rt
 ) -> tuple[int, float, int]:
-    """Give optimizer and scaler of every rank the state in the main process's checkpoint.
-
-    Returns iter_num, best_val_loss and the step that was evaluated last, -1 if it is not iter_num.
-    """
+    """Give optimizer and scaler of every rank the state in the main process's checkpoint. Returns
+    iter_num, best_val_loss and the step that was evaluated last, -1 if it is not iter_num."""
     step, best_val_loss = rt.from_main(lambda: restore(checkpoint, path, optimizer, scaler))
     if rt.world_size > 1:
-        share_state(optimizer, scaler, rt)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [optimizer.state.get(p, {}) for p in parameters]  # {} except on the main process
+        shapes = [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
+        for p, keys in zip(parameters, rt.from_main(lambda: shapes), strict=True):
+            for key in sorted(keys):
+                if not rt.is_main:
+                    shape, dtype = keys[key]
+                    optimizer.state[p][key] = torch.empty(shape, dtype=dtype, device=p.device)
+                rt.broadcast([optimizer.state[p][key]])
+        scaler.load_state_dict(rt.from_main(scaler.state_dict))
     return step, best_val_loss, step if checkpoint.get("evaluated", step) == step else -1
 
 
@@ -329,10 +327,8 @@ def restore(
     checkpoint: dict, path: Path, optimizer: torch.optim.Optimizer, scaler
 ) -> tuple[int, float]:
     """Load the state, not the options, of optimizer and scaler; return iter_num, best_val_loss.
-
     Raises UserError unless there is a state of the right shape for every parameter, which fused
-    optimizers do not check. Before its first update an optimizer has none.
-    """
+    optimizers do not check. Before its first update an optimizer has none."""
     try:
         iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         if type(iter_num) is not int or iter_num < 0 or math.isnan(best_val_loss):
@@ -340,42 +336,23 @@ def restore(
         saved, is_new = checkpoint["optimizer"], checkpoint.get("optimizer_is_new", iter_num == 0)
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({k: v for k, v in own.items() if k != "params"})
+            is_muon = "ns_steps" in own
+            keys = ["momentum_buffer"] if is_muon else ["exp_avg", "exp_avg_sq", "step"]
             for index, p in zip(group["params"], own["params"], strict=True):
                 state = saved["state"].get(index, {})
-                if state or not is_new:
-                    check_moments(state, p, muon="ns_steps" in own)
+                for key in keys if state or not is_new else ():
+                    check_moment(key, torch.as_tensor(state[key]), p)
         optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} has no state to resume from ({error}); use --init_from=finetune"
-        ) from error
+        problem = f"{path} has no state to resume from ({error}); use --init_from=finetune"
+        raise UserError(problem) from error
     return iter_num, best_val_loss
 
 
-def share_state(optimizer: torch.optim.Optimizer, scaler, rt) -> None:
-    """Give every rank the optimizer's and the scaler's state of the main process."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def shapes() -> list[dict]:
-        states = [optimizer.state.get(p, {}) for p in parameters]
-        return [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
-
-    for p, keys in zip(parameters, rt.from_main(shapes), strict=True):
-        if not rt.is_main and keys:
-            optimizer.state[p] = {
-                key: torch.empty(shape, dtype=dtype, device=p.device)
-                for key, (shape, dtype) in keys.items()
-            }
-        rt.broadcast([optimizer.state[p][key] for key in sorted(keys)])
-    scaler.load_state_dict(rt.from_main(scaler.state_dict))
-
-
-def check_moments(state: dict, p: torch.Tensor, muon: bool) -> None:
-    """Raise ValueError unless `state` is that of AdamW, or of Muon, for parameter p."""
-    shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": ()}
-    for key, shape in ({"momentum_buffer": p.shape} if muon else shapes).items():
-        t = torch.as_tensor(state[key])
-        if not is_plain(t) or t.shape != torch.Size(shape):
-            raise ValueError(f"{key} of the optimizer is {tuple(t.shape)}, not {tuple(shape)}")
+def check_moment(key: str, t: torch.Tensor, p: torch.Tensor) -> None:
+    """Raise ValueError unless `t` can be what an optimizer keeps of parameter p as `key`."""
+    shape = () if key == "step" else tuple(p.shape)
+    if not is_plain(t) or tuple(t.shape) != shape:
+        raise ValueError(f"{key} of the optimizer is {tuple(t.shape)}, not {shape}")

@@ -11,12 +11,9 @@ from model import GPT
 
 
 class Matching(nn.Module):
-    """Student and teacher as one module that is trained as a GPT is.
-
-    The student begins with the teacher's weights. Only its attention layers (c_attn and c_proj, or
-    their adapters) are trained until `release` is called. Raises UserError if there is none to
-    train.
-    """
+    """Student and teacher as one module that is trained as a GPT is. The student begins with the
+    teacher's weights. Until `release` is called, only its attention layers (c_attn and c_proj, or
+    their adapters) are trained. Raises UserError if there is none to train."""
 
     def __init__(self, student: GPT, teacher: GPT):
         super().__init__()
@@ -30,10 +27,8 @@ class Matching(nn.Module):
 
     def forward(self, idx: Tensor, targets=None, with_logits=False) -> tuple[None, Tensor]:
         """Token ids (B, T) -> (None, mean over layers of |y - y_t|^2 / |y_t|^2), where y_t is the
-        output of the teacher's layer and y that of the student's for the same input.
-
-        A student whose outputs are zero has 1. The other arguments are GPT.forward's, unused.
-        """
+        output of the teacher's layer and y that of the student's for the same input: 1 if y is 0.
+        The other arguments are GPT.forward's, unused."""
         errors = []
         with torch.no_grad():
             pos = torch.arange(idx.size(1), device=idx.device)
@@ -56,21 +51,15 @@ class Matching(nn.Module):
 
 class Trainee:
     """The model to train now: first, given a teacher, the attention layers only, then all of it.
-
     `model` is what a training step takes, under DDP if there are several ranks; `whole_model` is
-    the student to evaluate. Both are compiled if that was asked for.
-    """
+    the student to evaluate. Both are compiled if that was asked for."""
 
     def __init__(self, student: GPT, teacher: GPT | None, rt):
-        self.rt = rt
-        self.matching = Matching(student, teacher).to(rt.device) if teacher else None
+        self.rt, self.matching = rt, None  # the latter for as long as attention layers are matched
+        if teacher:
+            self.matching = Matching(student, teacher).to(rt.device)
         self.whole_model = rt.compiled(student)  # not under DDP: it has no gradients to average
         self.model = rt.wrap(rt.compiled(self.matching) if teacher else self.whole_model)
-
-    @property
-    def matches(self) -> bool:
-        """Whether attention layers are being matched with the teacher's."""
-        return self.matching is not None
 
     def train_whole_model(self) -> None:
         """End the matching, and free the teacher."""

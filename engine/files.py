@@ -11,11 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator:
-    """Open a temporary file for writing; when the body ends, it becomes `path`, safe on the disk.
+    """Open a temporary file, which replaces `path`, safe on the disk, when the body ends.
 
-    The temporary file stands beside `path` and is renamed over it, so that readers see either the
-    old file or the new one. If the body raises, `path` stays as it was. Text is UTF-8, without
-    translation of line ends. Raises OSError, for example for a full disk.
+    Readers see either the old file or the new one. If the body raises, `path` stays as it was. Text
+    is UTF-8, without translation of line ends. Raises OSError, for example for a full disk.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -37,10 +36,8 @@ def whole_file(path: Path, mode: str = "w") -> Iterator:
 
 
 def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
-    """The rows of a run's CSV log as text, up to step `last_step`; None means all.
-
-    A row that was cut short, as by a kill, is left out. Raises OSError if there is no such file.
-    """
+    """The rows of a run's CSV log as text, up to step `last_step`; None means all. A row that was
+    cut short, as by a kill, is left out. Raises OSError if there is no such file."""
     rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
@@ -52,18 +49,14 @@ def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
 
 
 def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Rows of cells as one table, the first row being its heading.
-
-    In plain text the first column is aligned on the left and the others on the right.
-    """
+    """Rows of cells as one table, headed by the first row. In plain text the first column is
+    aligned on the left and the others on the right."""
     if markdown:
         lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        ).rstrip()
-        for line in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

@@ -34,10 +34,9 @@ def normalise(checkpoint: dict, path: Path) -> None:
     state = {name: t for name, t in state.items() if not is_mask(name, t)}  # (1, 1, T, T)
     args = {k: v for k, v in checkpoint["model_args"].items() if k != "add_lora"}
     if "lora_rank" not in args and any("lora" in name.lower() for name in state):
-        raise UserError(
-            f"{path} has LoRA adapters beside its weights, which can't be read here; merge them "
-            "into the weights with the code that trained them, and save it again"
-        )
+        problem = f"{path} has LoRA adapters beside its weights, which can't be read here"
+        repair = "merge them into the weights with the code that trained them, and save it again"
+        raise UserError(f"{problem}; {repair}")
     biases = [name for name in state if name.endswith(".bias")]
     of_fork = biases and all(re.search(r"\.ln_\w\.bias$", n) and is_plain(state[n]) for n in biases)
     if of_fork and args.get("bias") is False:

@@ -13,8 +13,6 @@ def reachable(url: str) -> bool:
     """Whether the server of `url` answers within ten seconds."""
     try:
         urllib.request.urlopen(url, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to complain
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # an answer, if only a complaint
     return True

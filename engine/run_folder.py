@@ -18,19 +18,16 @@ from engine.runtime import Runtime
 
 
 def run_folder(config) -> Path:
-    """The folder that the run writes to. A finetune has one of its own.
-
-    Links are followed, so that a folder on another disk stays there. Raises UserError where the run
-    would write to the folder that it starts from.
-    """
+    """The folder that the run writes to. A finetune has one of its own. Links are followed, so that
+    a folder on another disk stays there. Raises UserError if the run would write to the folder that
+    it starts from."""
     source = Path(config.out_dir).resolve()
     if config.init_from == "distill" and Path(config.teacher).resolve().is_relative_to(source):
         raise UserError(f"out_dir={config.out_dir} holds the teacher; choose another")
     if config.init_from != "finetune":
         return source
-    name = Path(config.out_dir).absolute().name
-    folder = Path(config.out_dir).absolute().with_name(f"{name}-finetune-{config.attn_type}")
-    folder = Path(config.save_dir or folder).resolve()
+    default = f"{Path(config.out_dir).absolute()}-finetune-{config.attn_type}"
+    folder = Path(config.save_dir or default).resolve()
     if source.is_relative_to(folder):
         raise UserError(f"save_dir={folder} holds the run to start from; choose another")
     return folder
@@ -38,11 +35,9 @@ def run_folder(config) -> Path:
 
 def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
     """Make the folder of a run (start.Start), with config.json and, if there must be one, base.pt.
-
     Returns the folder, and what each checkpoint says about base.pt. A run that is already there is
     moved aside, and so is the damaged checkpoint of a run that goes on from the checkpoint before
-    it. Raises UserError if the folder can't be written.
-    """
+    it. Raises UserError if the folder can't be written."""
     config, folder = run.config, run_folder(run.config)
     resumes = config.init_from == "resume"
     if config.init_from == "finetune":
@@ -52,7 +47,7 @@ def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
         try:
             if not resumes:
                 move_aside(folder, rt)
-            elif run.path.name != ckpt.LATEST and (folder / ckpt.LATEST).exists():
+            elif run.source.name != ckpt.LATEST and (folder / ckpt.LATEST).exists():
                 os.replace(folder / ckpt.LATEST, folder / f"{ckpt.LATEST}.damaged")
             folder.mkdir(parents=True, exist_ok=True)
             settings = {**asdict(config), "found": environment(run.fingerprint, rt)}
@@ -61,12 +56,10 @@ def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
             if resumes:
                 return run.checkpoint.get("base")
             unchanged = run.teacher or (run.model if config.lora_rank else None)
-            source = run.path or config.teacher or config.init_from
-            return unchanged and ckpt.save_base(unchanged, str(source), folder)
+            return unchanged and ckpt.save_base(unchanged, str(run.source), folder)
         except OSError as error:
-            raise UserError(
-                f"{folder} can't be written ({error.strerror}); choose another folder, or make room"
-            ) from error
+            problem = f"{folder} can't be written ({error.strerror})"
+            raise UserError(f"{problem}; choose another folder, or make room") from error
 
     return folder, rt.from_main(make)
 
@@ -78,13 +71,9 @@ def environment(fingerprint: dict, rt: Runtime) -> dict:
         git = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "device": rt.device,
-        "dtype": rt.dtype,
-        "compile": rt.compile,
-        "world_size": rt.world_size,
-        "torch": torch.__version__,
-        "launch": rt.launch,
+        **{key: getattr(rt, key) for key in ("device", "dtype", "compile", "world_size", "launch")},
         "device_name": rt.device_name(),
+        "torch": torch.__version__,
         "data": fingerprint,
         "commit": commit,
     }

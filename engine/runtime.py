@@ -47,7 +47,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that prints and writes files."""
+        """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
@@ -89,22 +89,24 @@ class Runtime:
             dist.all_reduce(totals)
         return totals.tolist()
 
-    def from_main(self, make: Callable[[], object]) -> object:
-        """What `make` returns on the main process, for every rank. All raise its UserError."""
+    def from_main(
+        self, make: Callable[[], object], to_others: Callable = lambda result: result
+    ) -> object:
+        """What `make` returns on the main process; the other ranks get what `to_others` makes of
+        it. A UserError is raised on all of them."""
         if self.world_size == 1:
             return make()
-        result, error_text = None, None
+        result, shared = None, [None, None]
         if self.is_main:
             try:
                 result = make()
+                shared[0] = to_others(result)
             except UserError as error:
-                error_text = str(error)
-        shared = [result, error_text]
+                shared[1] = str(error)
         dist.broadcast_object_list(shared)
-        result, error_text = shared
-        if error_text is not None:
-            raise UserError(error_text)
-        return result
+        if shared[1] is not None:
+            raise UserError(shared[1])
+        return result if self.is_main else shared[0]
 
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite tensors, of equal shapes on all ranks, with those of the main process."""
@@ -112,7 +114,7 @@ class Runtime:
             dist.broadcast(t, src=0)
 
     def gather(self, text: str) -> list[str]:
-        """The texts of all ranks, on every rank."""
+        """The texts of all ranks, on every rank, which waits for the slowest."""
         texts = [text] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(texts, text)
@@ -122,10 +124,6 @@ class Runtime:
         """Print once, from the main process."""
         if self.is_main:
             say(line)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, e.g. before a clock is read."""
@@ -142,9 +140,8 @@ class Runtime:
         return f"{self.device} ({platform.machine()}{threads})"
 
     def peak_memory(self) -> float | None:
-        """Peak memory of this process in MiB, of the GPU if it uses one; None if not known.
-
-        getrusage would not do: its peak includes that of the process that started this one."""
+        """Peak memory of this process in MiB, of the GPU if it uses one; None if not known. The
+        peak of getrusage would not do: it includes that of the process that started this one."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         with suppress(OSError):  # only Linux has /proc
@@ -178,16 +175,14 @@ def say(line: str) -> None:
 
 
 class Interrupt:
-    """SIGTERM and SIGINT as a flag, while the context is open; a second signal ends the process.
-
-    `signal` is the number of the first signal, or 0. A signal within PATIENCE seconds of it counts
-    as the same one: schedulers signal a whole group of processes, and torchrun its ranks.
-    """
+    """SIGTERM and SIGINT as a flag, while the context is open; a second signal ends the process. A
+    signal within PATIENCE seconds of the first counts as the same one: schedulers signal a whole
+    group of processes, and torchrun its ranks."""
 
     PATIENCE = 2.0
 
     def __init__(self):
-        self.signal, self.time = 0, 0.0
+        self.signal, self.time = 0, 0.0  # number and time of the first signal
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -199,9 +194,8 @@ class Interrupt:
 
     def poll(self, rt: Runtime) -> int:
         """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0."""
-        terminate, interrupt = rt.sum(
-            [float(self.signal == s) for s in (signal.SIGTERM, signal.SIGINT)]
-        )
+        flags = [float(self.signal == number) for number in (signal.SIGTERM, signal.SIGINT)]
+        terminate, interrupt = rt.sum(flags)
         return 143 if terminate else 130 if interrupt else 0
 
     def _note(self, number, frame):
@@ -215,20 +209,16 @@ class Interrupt:
 def session(
     device: str | None, dtype: str | None, compile: bool | None, backend: str | None
 ) -> Iterator[Runtime]:
-    """`start`, and on the way out leave the process group.
-
-    Memory that runs out becomes a UserError. A rank that notices that another one is gone ends with
-    exit code 1, so that torchrun can restart them.
-    """
+    """`start`, and on the way out `close`. Memory that runs out becomes a UserError. A rank that
+    misses another one ends with exit code 1, so that torchrun can restart them."""
     rt = start(device, dtype, compile, backend)
     keep_freed_memory(rt.device_type)
     try:
         yield rt
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError) as error:
         traceback.clear_frames(error.__traceback__)  # DDP must end before its process group
-        raise
-    except (MemoryError, RuntimeError) as error:
-        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UserError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if is_memory or "can't allocate memory" in reason:
@@ -243,12 +233,9 @@ def session(
 
 
 def fresh_store(rank: int, world_size: int) -> dist.Store:
-    """A part of torchrun's store that only the present processes know.
-
-    torchrun keeps one store over its restarts (torch 2.13), so that ranks would find the addresses
-    of ranks that died. Here rank 0 makes up a prefix and hands it to the others, each under a name
-    that the other one has made up.
-    """
+    """A part of torchrun's store that only the present processes know. torchrun keeps its store
+    over restarts (torch 2.13), so that ranks would find the addresses of ranks that died. Here rank
+    0 makes up a prefix and gives it to each other rank, under a name which that rank made up."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
     name = uuid.uuid4().hex
@@ -267,42 +254,37 @@ def fresh_store(rank: int, world_size: int) -> dist.Store:
 
 
 def keep_freed_memory(device_type: str) -> None:
-    """Have glibc reuse large blocks of memory instead of returning them to the system.
-
-    A training step frees all the memory that it took. To get it again costs a page fault every
-    4 KiB, a tenth of the step's time on a CPU. The price is a peak that is up to a fifth higher.
-    """
+    """Have glibc reuse large blocks of memory instead of returning them to the system. A training
+    step frees all the memory that it took. To get it again costs a page fault every 4 KiB, a tenth
+    of the step's time on a CPU. The price is a peak that is up to a fifth higher."""
     if device_type != "cpu":
         return
     with suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def start(
     device: str | None, dtype: str | None, compile: bool | None, backend: str | None = None
 ) -> Runtime:
-    """Find the device, join torchrun's process group if there is one, and return the Runtime.
-
-    Raises UserError for a device that this machine does not have.
-    """
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    if best == "cpu" and torch.backends.mps.is_available():
-        best = "mps"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Find the device and join torchrun's process group, if there is one. Raises UserError for a
+    device that this machine does not have."""
+    number = lambda name, default=0: int(os.environ.get(name, default))
+    rank, world_size, local_rank = number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK")
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
     device = device or best
     if device == "cuda":  # torch wants an index; under torchrun each process takes its own
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{local_rank}"
     try:
         if torch.device(device).type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not a device to compute on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device={device} can't be used here; leave it out for {best}", this_rank=True
-        ) from error
+        problem = f"device={device} can't be used here; leave it out for {best}"
+        raise UserError(problem, this_rank=True) from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -314,20 +296,14 @@ def start(
         options = {"device_id": torch.device(device)} if backend == "nccl" else {}
         try:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                options |= {"store": fresh_store(rank, world_size)}
-                options |= {"rank": rank, "world_size": world_size}
+                store = fresh_store(rank, world_size)
+                options |= {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend=backend, timeout=TIMEOUT, **options)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"rank {rank} can't join the others: {reason}", True) from error
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return Runtime(
-        device,
-        dtype or "float32",
-        bool(compile),
-        rank,
-        world_size,
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        launch if launch != "none" else f"child of {os.getppid()}",  # torchrun's own process
-    )
+    if launch == "none":
+        launch = f"child of {os.getppid()}"  # torchrun's own process
+    ranks = rank, world_size, local_rank, number("TORCHELASTIC_RESTART_COUNT")
+    return Runtime(device, dtype or "float32", bool(compile), *ranks, launch)

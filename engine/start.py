@@ -17,7 +17,6 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -49,20 +48,8 @@ TRAJECTORY = (
     "teacher distill_iters"
 ).split()
 # Keys that do nothing without another key
-NEEDS = {
-    "lora_alpha": "lora_rank",
-    "lora_targets": "lora_rank",
-    "distill_iters": "teacher",
-    "eval_stride": "datasets",
-}
-
-
-class Weights(NamedTuple):
-    """The weights that init_from names, as a model on the CPU."""
-
-    model: GPT
-    tokenizer_meta: dict | None  # describes the tokenizer that they were trained with, if known
-    source: object  # where they come from, for messages
+NEEDS = {"lora_alpha": "lora_rank", "lora_targets": "lora_rank"}
+NEEDS |= {"distill_iters": "teacher", "eval_stride": "datasets"}
 
 
 @dataclass
@@ -71,19 +58,17 @@ class Start:
 
     config: object  # its architecture is the model's, whatever the defaults were
     model: GPT  # the one to train, neither compiled nor under DDP
-    weights: Weights
+    source: Path | str  # path of the checkpoint that weights come from, or name of a GPT-2
+    tokenizer_meta: dict | None  # describes the tokenizer of those weights, if that is known
     data: Dataset | None  # None if other data sets are to be evaluated
     fingerprint: dict | None  # SHA-256 of the data
-    checkpoint: dict | None  # the one that weights come from; without tensors on other ranks
-    path: Path | None  # of that checkpoint
+    checkpoint: dict | None  # the one at `source`; without tensors on other ranks
     teacher: GPT | None  # whose attention the model's is still to be matched with
 
 
 def begin(config_class: type, given: dict, rt: Runtime) -> Start:
-    """Everything that init_from and the other keys in `given` ask for.
-
-    Raises UserError if it can't be had, or does not go together.
-    """
+    """Everything that init_from and the other keys in `given` ask for. Raises UserError if it can't
+    be had, or does not go together."""
     given = after_restart(config_class(**given), given, rt)
     config, checkpoint, path = read_config(config_class, given, rt)
     data = None if config.datasets else open_data(config, rt)
@@ -91,25 +76,17 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         check_same_everywhere(data, rt)
 
     torch.manual_seed(config.seed)  # of new weights and of adapters
-    match config.init_from:
-        case "scratch":
-            weights = from_scratch(config, data)
-        case "resume":
-            weights = from_run_to_resume(config, given, checkpoint, path)
-        case "finetune":
-            weights = from_run_to_finetune(config, given, checkpoint, path)
-        case "distill":
-            weights = from_teacher(config, checkpoint, path)
-        case _:
-            weights = from_pretrained(config, given)
-    model, teacher = weights.model, None
-    if config.init_from != "scratch":
-        check_architecture(model, given, weights.source, may_crop=config.init_from != "resume")
+    if config.init_from == "scratch":
+        model, tokenizer_meta, source = new_model(config, data), data.tokenizer, "scratch"
+    else:
+        model, tokenizer_meta, source = load_model(config, given, checkpoint, path)
+        match_architecture(model, given, source, resumes=config.init_from == "resume")
         if data:
-            data.check_model(model.config.vocab_size, weights.tokenizer_meta, weights.source)
+            data.check_model(model.config.vocab_size, tokenizer_meta, source)
     model.to(rt.device)
     rt.broadcast(list(model.state_dict().values()))
 
+    teacher = None
     if config.init_from == "distill":
         run_folder(config)  # refuses the folder of the teacher
         model, teacher = student_of(model, config, given).to(rt.device), model
@@ -124,8 +101,11 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         if not config.allow_mismatch:
             check_fingerprint(checkpoint, fingerprint, path, data.name)
         if checkpoint.get("iter_num", 0) < matching_steps(config):
-            teacher = teacher_of_run(path.parent, checkpoint.get("base"), rt)
-    return Start(config, model, weights, data, fingerprint, checkpoint, path, teacher)
+            base = checkpoint.get("base")
+            loaded = rt.from_main(lambda: ckpt.load_base(path.parent, base), ckpt.without_tensors)
+            teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE)).to(rt.device)
+            rt.broadcast(list(teacher.state_dict().values()))
+    return Start(config, model, source, tokenizer_meta, data, fingerprint, checkpoint, teacher)
 
 
 # ----------------------------------------------------------------------------
@@ -138,15 +118,12 @@ def after_restart(config, given: dict, rt: Runtime) -> dict:
     if not restarts:
         return given
 
-    def folder_of_this_launch() -> str | None:
-        folders = [Path(config.out_dir)]
-        if config.init_from == "finetune":  # its folder may be named for the source's attn_type
-            source = Path(config.out_dir).absolute()
-            folders = source.parent.glob(f"{source.name}-finetune-*")
-            folders = [Path(config.save_dir)] if config.save_dir else folders
-        return next((str(f) for f in folders if saved_by_this_launch(f, rt)), None)
-
-    folder = rt.from_main(folder_of_this_launch)
+    folders = [Path(config.save_dir or config.out_dir)]
+    if config.init_from == "finetune" and not config.save_dir:
+        source = Path(config.out_dir).absolute()  # for whose attn_type the folder may be named
+        folders = source.parent.glob(f"{source.name}-finetune-*")
+    first = lambda: next((str(f) for f in folders if saved_by_this_launch(f, rt)), None)
+    folder = rt.from_main(first)
     if folder is None:
         return given
     rt.print(f"restarted: going on with {os.path.relpath(folder)}")
@@ -155,29 +132,29 @@ def after_restart(config, given: dict, rt: Runtime) -> dict:
 
 def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
     """The settings, checked, and the checkpoint that they go on from with its path, or None, None.
-
-    Only the main process reads the checkpoint; the others get it without its tensors.
-    """
-    config, checkpoint, path = config_class(**given), None, None
-    folder = None
+    On ranks other than the main one the checkpoint has no tensors."""
+    config, checkpoint, path, folder = config_class(**given), None, None, None
     if config.init_from in ("resume", "finetune"):
         folder = Path(config.out_dir)
     elif config.init_from == "distill" and config.teacher is not None:
-        folder = Path(config.teacher)
-        folder = folder if rt.from_main(lambda: holds_checkpoint(folder)) else None
+        teacher = Path(config.teacher)
+        folder = rt.from_main(lambda: teacher if holds_checkpoint(teacher) else None)
     if folder is not None:
-        checkpoint, path = read_checkpoint(folder, rt)
+        checkpoint, path, warning = rt.from_main(
+            lambda: ckpt.load_newest(folder),
+            lambda found: (ckpt.without_tensors(found[0]), *found[1:]),
+        )
+        if warning:
+            rt.print(warning)
         keys = {f.name for f in fields(config)} - PER_LAUNCH
         if config.init_from != "resume":
             keys -= {"teacher", "distill_iters"}
+        saved = {}
         # model_args say what the weights are, config what the user wanted
-        saved = {
-            key: configurator.convert(
-                config_class, key, value, f"{key}={value!r} in the config of {path}"
-            )
-            for key, value in {**checkpoint["config"], **checkpoint["model_args"]}.items()
-            if key in keys
-        }
+        for key, value in {**checkpoint["config"], **checkpoint["model_args"]}.items():
+            if key in keys:
+                source = f"{key}={value!r} in the config of {path}"
+                saved[key] = configurator.convert(config_class, key, value, source)
         config = config_class(**{**saved, **given})
     check(config)
     for key, other in NEEDS.items():
@@ -186,25 +163,6 @@ def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
     if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
         check_trajectory(config_class(**saved), config, path)
     return config, checkpoint, path
-
-
-def read_checkpoint(folder: Path, rt: Runtime) -> tuple[dict, Path]:
-    """The newest whole checkpoint in `folder`, whole on the main process, and its path."""
-    if folder.is_file():
-        raise UserError(
-            f"{folder} is a file, but a run is named by its folder; pass --out_dir={folder.parent}"
-        )
-    checkpoint = None
-
-    def read() -> tuple[dict, Path]:
-        nonlocal checkpoint
-        checkpoint, path, warning = ckpt.load_newest(folder)
-        if warning:
-            rt.print(warning)
-        return {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}, path
-
-    without_tensors, path = rt.from_main(read)
-    return checkpoint or without_tensors, path
 
 
 def check(config) -> None:
@@ -217,14 +175,11 @@ def check(config) -> None:
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
         if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
-            raise UserError(
-                f"{key}={folder!r} is the current folder, or around it; give a run one of its own"
-            )
+            problem = f"{key}={folder!r} is the current folder, or around it"
+            raise UserError(f"{problem}; give a run one of its own")
     if config.datasets is not None and not (config.eval_only and config.init_from != "scratch"):
-        raise UserError(
-            "datasets are for the evaluation of a trained model: "
-            f"python evaluate.py --out_dir=OUT --datasets={config.datasets}"
-        )
+        command = f"python evaluate.py --out_dir=OUT --datasets={config.datasets}"
+        raise UserError(f"datasets are for the evaluation of a trained model: {command}")
     if config.init_from == "distill" and config.teacher is None:
         raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or --teacher=gpt2")
     if config.teacher is not None and config.init_from not in ("distill", "resume"):
@@ -232,40 +187,34 @@ def check(config) -> None:
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     # A run that nanoGPT has trained with a rising rate may go on with it
-    if config.init_from != "resume" and config.decay_lr:
-        if config.min_lr is not None and config.min_lr > config.learning_rate:
-            raise UserError(
-                f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}; pass "
-                "a lower one, or --min_lr=none for a tenth of the learning rate"
-            )
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if not config.eval_only and config.gradient_accumulation_steps % world_size:
-        raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} can't be shared "
-            f"among {world_size} ranks; pass a multiple of {world_size}"
-        )
+    rises = config.min_lr is not None and config.min_lr > config.learning_rate
+    if rises and config.decay_lr and config.init_from != "resume":
+        problem = f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}"
+        repair = "pass a lower one, or --min_lr=none for a tenth of the learning rate"
+        raise UserError(f"{problem}; {repair}")
+    steps, ranks = config.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
+    if not config.eval_only and steps % ranks:
+        problem = f"gradient_accumulation_steps={steps} can't be shared among {ranks} ranks"
+        raise UserError(f"{problem}; pass a multiple of {ranks}")
 
 
 def check_trajectory(old, new, path: Path) -> None:
     """Raise UserError if a resumed run would not go on as the run in `path` did."""
     before, after = asdict(old), asdict(new)
-    for settings, config in ((before, old), (after, new)):
-        settings["lr_decay_iters"], settings["min_lr"] = schedule(config)
+    before["lr_decay_iters"], before["min_lr"] = schedule(old)
+    after["lr_decay_iters"], after["min_lr"] = schedule(new)
     changed = [key for key in TRAJECTORY if before[key] != after[key]]
-    repairs = []
     # What follows from another key is not what the user gave
-    if "lr_decay_iters" in changed and new.lr_decay_iters is None:
-        changed.remove("lr_decay_iters")
-        repairs.append(
-            f"--max_iters={new.max_iters} would move the end of the learning rate's decay: pass "
-            f"--lr_decay_iters={before['lr_decay_iters']} to keep it"
-        )
-    if "min_lr" in changed and new.min_lr is None:
-        changed.remove("min_lr")
-    if changed:
+    follows = {key for key in ("lr_decay_iters", "min_lr") if getattr(new, key) is None}
+    given = [key for key in changed if key not in follows]
+    repairs = []
+    if given:
         text = lambda value: f"{value:g}" if type(value) is float else str(value)
-        values = ", ".join(f"{key}={text(before[key])}, not {text(after[key])}" for key in changed)
-        repairs.insert(0, f"{path} has {values}: leave out --{' --'.join(changed)}")
+        values = ", ".join(f"{key}={text(before[key])}, not {text(after[key])}" for key in given)
+        repairs.append(f"{path} has {values}: leave out --{' --'.join(given)}")
+    if "lr_decay_iters" in follows.intersection(changed):
+        problem = f"--max_iters={new.max_iters} would move the end of the learning rate's decay"
+        repairs.append(f"{problem}: pass --lr_decay_iters={before['lr_decay_iters']} to keep it")
     if repairs:
         raise UserError(f"{'; '.join(repairs)}; or pass --allow_mismatch=True")
 
@@ -300,11 +249,9 @@ def model_overrides(config) -> dict:
 
 def choose_implementation(config, rt: Runtime) -> str:
     """The implementation of attention that will run. Raises UserError if attn_impl can't."""
-    head_size, dtype = config.n_embd // config.n_head, getattr(torch, rt.dtype)
+    shape = config.n_embd // config.n_head, getattr(torch, rt.dtype), rt.device
     try:
-        return choose(
-            config.attn_impl, config.attn_type, head_size, dtype, rt.device, dropout=config.dropout
-        )
+        return choose(config.attn_impl, config.attn_type, *shape, dropout=config.dropout)
     except ValueError as error:
         raise UserError(error) from error
 
@@ -314,11 +261,9 @@ def choose_implementation(config, rt: Runtime) -> str:
 
 
 def check_dataset_is_named(argv: list[str], given: dict, config) -> None:
-    """Raise UserError if a config file leaves the data set to a default.
-
-    nanoGPT's config files count on its default, openwebtext. Here it is pydocs, for a first try
-    without any file: to train on that by surprise would waste a run.
-    """
+    """Raise UserError if a config file leaves the data set to a default. nanoGPT's config files
+    count on its default, openwebtext. Here it is pydocs, for a first try without any file: to train
+    on that by surprise would waste a run."""
     file = next((arg for arg in argv if not arg.startswith("-")), None)
     inherits = config.init_from in ("resume", "finetune", "distill")
     if file and "dataset" not in given and not inherits and not config.datasets:
@@ -327,12 +272,13 @@ def check_dataset_is_named(argv: list[str], given: dict, config) -> None:
 
 def open_data(config, rt: Runtime) -> Dataset:
     """The data set; pydocs, which needs no network, is prepared here when it is missing."""
-    folder = Path(config.data_dir or DATA_DIR) / config.dataset
+    folder, problem = Path(config.data_dir or DATA_DIR) / config.dataset, ""
     if config.dataset == "pydocs" and rt.local_rank == 0 and not (folder / "meta.json").exists():
         script = DATA_DIR / "pydocs" / "prepare.py"
         if subprocess.run([sys.executable, script, "--out", folder]).returncode:
-            raise UserError(f"data set pydocs could not be prepared; try  python {script}")
-    rt.barrier()
+            problem = f"data set pydocs could not be prepared; try  python {script}"
+    if problem := max(rt.gather(problem)):
+        raise UserError(problem)
     return Dataset(config.dataset, config.data_dir)
 
 
@@ -349,82 +295,57 @@ def check_fingerprint(checkpoint: dict, fingerprint: dict, path: Path, name: str
     """Raise UserError if the data of the run in `path` have changed since."""
     changed = [s for s, sha256 in checkpoint["data"].items() if fingerprint.get(s) != sha256]
     if changed:
-        raise UserError(
-            f"{changed[0]}.bin of data set {name} is not what {path} was trained on; put that file "
-            "back, or pass --allow_mismatch=True"
-        )
+        problem = f"{changed[0]}.bin of data set {name} is not what {path} was trained on"
+        raise UserError(f"{problem}; put that file back, or pass --allow_mismatch=True")
 
 
 # ----------------------------------------------------------------------------
 # Weights
 
 
-def from_scratch(config, data: Dataset) -> Weights:
-    """New weights, for the vocabulary of the data."""
+def new_model(config, data: Dataset) -> GPT:
+    """A model with new weights, for the vocabulary of the data."""
     data.check_length(config.block_size)
     # GPT-2's vocabulary is padded to a multiple of 64, which is faster
     vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
     shape = {key: getattr(config, key) for key in ARCHITECTURE}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape, **model_overrides(config)))
-    return Weights(model, data.tokenizer, "scratch")
+    return GPT(GPTConfig(vocab_size=vocab_size, **shape, **model_overrides(config)))
 
 
-def from_run_to_resume(config, given: dict, checkpoint: dict, path: Path) -> Weights:
-    """The weights of a run that goes on, which must stay the model that it is."""
-    saved = ckpt.config_of(checkpoint, path)
-    for key in KEPT:
-        if key in given and given[key] != getattr(saved, key):
-            raise UserError(
-                f"{path} was trained with {key}={getattr(saved, key)}; to start from its weights "
-                f"with {key}={given[key]}, use --init_from=finetune"
-            )
-    overrides = {"attn_impl": config.attn_impl, "dropout": config.dropout}
-    model = ckpt.build_model(checkpoint, path, **overrides)
-    return Weights(model, checkpoint.get("tokenizer"), path)
-
-
-def from_run_to_finetune(config, given: dict, checkpoint: dict, path: Path) -> Weights:
-    """The weights of a run, perhaps with another attention or with adapters."""
-    overrides = model_overrides(config)
-    if ckpt.config_of(checkpoint, path).pa_length is None:
-        overrides["pa_length"] = given.get("block_size")  # L is the length PA will be trained with
-    model = ckpt.build_model(checkpoint, path, **overrides)
-    return Weights(model, checkpoint.get("tokenizer"), path)
-
-
-def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
-    """The teacher: a run, or else a GPT-2."""
+def load_model(
+    config, given: dict, checkpoint: dict | None, path: Path | None
+) -> tuple[GPT, dict | None, Path | str]:
+    """The model whose weights init_from names, on the CPU; what describes their tokenizer, if that
+    is known; and where they come from. With distill, that is the teacher."""
+    name, pa_length, overrides = config.init_from, given.get("block_size"), model_overrides(config)
+    match config.init_from:
+        case "resume":
+            overrides = {"attn_impl": config.attn_impl, "dropout": config.dropout}
+        case "finetune":
+            if ckpt.config_of(checkpoint, path).pa_length is None:
+                overrides["pa_length"] = pa_length  # the length that PA will be trained with
+        case "distill":
+            name, pa_length, overrides = config.teacher, None, AS_TEACHER
+        case _:
+            overrides = {key: value for key, value in overrides.items() if key in given}
     if checkpoint is not None:
-        model = ckpt.build_model(checkpoint, path, **AS_TEACHER)
-        return Weights(model, checkpoint.get("tokenizer"), path)
-    try:
-        model = GPT.from_pretrained(config.teacher, AS_TEACHER)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher={config.teacher} has no checkpoint and is no GPT-2 ({error}); train it "
-            "first, or pass --teacher=gpt2"
-        ) from error
-    return Weights(model, meta_of_folder(config.teacher), config.teacher)
+        model = ckpt.build_model(checkpoint, path, **overrides)
+        return model, checkpoint.get("tokenizer"), path
 
-
-def from_pretrained(config, given: dict) -> Weights:
-    """A GPT-2 of transformers, or a folder that export.py has written."""
-    name = config.init_from
-    if (run := Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)).is_dir():
-        if holds_checkpoint(run):
-            raise UserError(
-                f"init_from={name} is the folder of a run; pass --init_from=resume --out_dir={run},"
-                f" or --init_from=finetune --out_dir={run}"
-            )
-    overrides = {k: v for k, v in model_overrides(config).items() if k in given}
+    run = Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)
+    if config.init_from != "distill" and holds_checkpoint(run):
+        repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
+        raise UserError(f"init_from={name} is the folder of a run; {repair}")
     try:
-        model = GPT.from_pretrained(name, overrides, given.get("block_size"))
+        model = GPT.from_pretrained(name, overrides, pa_length)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{error}; init_from is scratch, resume, finetune, distill, gpt2, gpt2-medium, "
-            "gpt2-large, gpt2-xl, or the folder or hub name of such a model"
-        ) from error
-    return Weights(model, meta_of_folder(name), name)
+        allowed = "scratch, resume, finetune, distill, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        problem = f"{error}; init_from is {allowed}, or the folder or hub name of such a model"
+        if config.init_from == "distill":
+            problem = f"teacher={name} has no checkpoint and is no GPT-2 ({error})"
+            problem += "; train it first, or pass --teacher=gpt2"
+        raise UserError(problem) from error
+    return model, meta_of_folder(name), name
 
 
 def student_of(teacher: GPT, config, given: dict) -> GPT:
@@ -435,30 +356,16 @@ def student_of(teacher: GPT, config, given: dict) -> GPT:
     return ckpt.build_model(like_teacher, Path(config.teacher), **overrides)
 
 
-def teacher_of_run(folder: Path, base: dict | None, rt: Runtime) -> GPT:
-    """The teacher of the run in `folder`, from its base.pt, which the main process reads."""
-    checkpoint = None
-
-    def read() -> dict:
-        nonlocal checkpoint
-        checkpoint = ckpt.load_base(folder, base)
-        return {"model_args": checkpoint["model_args"]}
-
-    without_tensors = rt.from_main(read)
-    teacher = ckpt.build_model(checkpoint or without_tensors, folder / ckpt.BASE).to(rt.device)
-    rt.broadcast(list(teacher.state_dict().values()))
-    return teacher
-
-
-def check_architecture(model: GPT, given: dict, source: object, may_crop: bool) -> None:
-    """Crop the model to the block_size that the user gave, if that `may_crop` it.
-
-    Raises UserError if the user gave another architecture than the weights have.
-    """
-    for key in ARCHITECTURE:
+def match_architecture(model: GPT, given: dict, source: Path | str, resumes: bool) -> None:
+    """Crop the model to a smaller block_size that the user gave, unless a run `resumes`. Raises
+    UserError if the user gave anything else that the weights do not have."""
+    for key in (*KEPT, *ARCHITECTURE) if resumes else ARCHITECTURE:
         has, wanted = getattr(model.config, key), given.get(key)
-        crops = key == "block_size" and may_crop and wanted and wanted <= has
-        if wanted not in (None, has) and not crops:
-            raise UserError(f"{source} has {key}={has}, not {wanted}; leave --{key} out")
-    if given.get("block_size", model.config.block_size) < model.config.block_size:
-        model.crop_block_size(given["block_size"])
+        if wanted in (None, has):
+            continue
+        if key != "block_size" or wanted > has or resumes:
+            repair = f"leave --{key} out"
+            if key in KEPT:
+                repair += ", or use --init_from=finetune to start from its weights"
+            raise UserError(f"{source} was trained with {key}={has}, not {wanted}; {repair}")
+        model.crop_block_size(wanted)
