@@ -14,6 +14,7 @@ the folder as --init_from=DIR.
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -91,9 +92,12 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
     else:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-        hf = Tokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
-        hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        hf.decoder = decoders.Fuse()  # joins the characters without spaces in between
+        strings = getattr(tokenizer, "chars", None) or tokenizer.strings
+        longest_first = sorted(set(strings), key=len, reverse=True)
+        hf = Tokenizer(models.WordLevel({string: i for i, string in enumerate(strings)}))
+        pattern = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
+        hf.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+        hf.decoder = decoders.Fuse()  # joins the strings without spaces in between
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "meta": tokenizer.meta()}
         files = {"tokenizer.json": hf.to_str(pretty=True).encode()}
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}

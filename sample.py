@@ -248,6 +248,7 @@ def main() -> None:
     source = config.out_dir, config.checkpoint, config.init_from, config.data_dir
     model, tokenizer = load(*source, attn_impl=config.attn_impl)
     model.to(rt.device, getattr(torch, rt.dtype))  # the weights are cast once, not at each step
+    runtime.limit_threads(model.get_num_params(), model.config.block_size)
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     if longest > model.config.block_size:
         seen = f"the model sees only the last {model.config.block_size} of them (block_size)"

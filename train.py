@@ -209,6 +209,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     if config.datasets:
         about = {"model": str(run.source), "step": (run.checkpoint or {}).get("iter_num")}
         return run_evaluation(run.model, run.tokenizer_meta, about, config, rt)
+    runtime.limit_threads(run.model.get_num_params(), config.batch_size * config.block_size)
     rt.print(
         f"{config.attn_type} ({start.choose_implementation(config, rt)}) on {rt.device}, "
         f"{rt.dtype}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "

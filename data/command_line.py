@@ -1,6 +1,4 @@
-"""
-The command line of every prepare.py.
-"""
+"""The command line of every prepare.py."""
 
 import argparse
 import os

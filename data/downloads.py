@@ -1,6 +1,4 @@
-"""
-Downloads: single files, and data sets of the Hugging Face hub.
-"""
+"""Downloads: single files, and data sets of the Hugging Face hub."""
 
 import contextlib
 import hashlib

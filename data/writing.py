@@ -1,6 +1,4 @@
-"""
-Encoding text, and writing it as a data set: a .bin file for each split, and meta.json.
-"""
+"""Encoding text, and writing it as a data set: a .bin file for each split, and meta.json."""
 
 import collections
 import contextlib

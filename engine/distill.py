@@ -1,7 +1,4 @@
-"""
-Conversion of a trained model to another attention: each attention layer of the student learns the
-output of the teacher's layer for the same input, all layers at once, in one pass of the teacher.
-"""
+"""Conversion to another attention: each layer learns to give the output of the teacher's."""
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,4 @@
-"""
-Where a loss or a gradient stopped being finite: the first module of a forward or backward pass that
-makes something infinite or NaN out of finite numbers.
-"""
+"""Where a loss or gradient stopped being finite: the first module that makes it so."""
 
 import os
 import re

@@ -1,6 +1,4 @@
-"""
-Files that are whole or absent, tables as text, and the CSV logs of a run.
-"""
+"""Files that are whole or absent, tables as text, and the CSV logs of a run."""
 
 import csv
 import os

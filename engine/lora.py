@@ -1,6 +1,4 @@
-"""
-LoRA (Hu et al. 2021, arXiv:2106.09685): small adapters, trained in place of frozen weights.
-"""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): small adapters, trained in place of frozen weights."""
 
 import math
 from typing import Any

@@ -1,6 +1,4 @@
-"""
-Muon for the matrices of the blocks and AdamW for everything else, as one optimizer.
-"""
+"""Muon for the matrices of the blocks and AdamW for everything else, as one optimizer."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,4 @@
-"""
-Model FLOPs utilisation (MFU): the speed of a training step beside the peak speed of its GPU.
-"""
+"""Model FLOPs utilisation (MFU): the speed of a training step beside the peak speed of its GPU."""
 
 import re
 

@@ -1,6 +1,4 @@
-"""
-The log of a run: log.csv, stats.csv, the terminal, Weights & Biases and TensorBoard.
-"""
+"""The log of a run: log.csv, stats.csv, the terminal, Weights & Biases and TensorBoard."""
 
 import csv
 import os

@@ -265,6 +265,13 @@ def keep_freed_memory(device_type: str) -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
+def limit_threads(parameters: int, tokens: int) -> None:
+    """Use one thread where a second one does not pay, but would wait, spinning, for the first one
+    whenever another job has its core: for small models. OMP_NUM_THREADS overrides this."""
+    if parameters * tokens < 2**24 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def start(
     device: str | None, dtype: str | None, compile: bool | None, backend: str | None = None
 ) -> Runtime:

@@ -17,6 +17,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -76,10 +77,19 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         check_same_everywhere(data, rt)
 
     torch.manual_seed(config.seed)  # of new weights and of adapters
-    if config.init_from == "scratch":
-        model, tokenizer_meta, source = new_model(config, data), data.tokenizer, "scratch"
-    else:
-        model, tokenizer_meta, source = load_model(config, given, checkpoint, path)
+    match config.init_from:
+        case "scratch":
+            weights = from_scratch(config, data)
+        case "resume":
+            weights = from_run_to_resume(config, checkpoint, path)
+        case "finetune":
+            weights = from_run_to_finetune(config, given, checkpoint, path)
+        case "distill":
+            weights = from_teacher(config, checkpoint, path)
+        case _:
+            weights = from_gpt2(config, given)
+    model, source, tokenizer_meta = weights
+    if config.init_from != "scratch":
         match_architecture(model, given, source, resumes=config.init_from == "resume")
         if data:
             data.check_model(model.config.vocab_size, tokenizer_meta, source)
@@ -303,49 +313,70 @@ def check_fingerprint(checkpoint: dict, fingerprint: dict, path: Path, name: str
 # Weights
 
 
-def new_model(config, data: Dataset) -> GPT:
-    """A model with new weights, for the vocabulary of the data."""
+class Weights(NamedTuple):
+    """What a mode of init_from gives: a model on the CPU, and where its weights come from."""
+
+    model: GPT
+    source: Path | str  # path of the checkpoint, or name of a GPT-2
+    tokenizer_meta: dict | None  # describes the tokenizer of those weights, if that is known
+
+
+def from_scratch(config, data: Dataset) -> Weights:
+    """New weights, for the vocabulary of the data."""
     data.check_length(config.block_size)
     # GPT-2's vocabulary is padded to a multiple of 64, which is faster
     vocab_size = 50304 if data.tokenizer == {"tokenizer": "gpt2"} else data.vocab_size
     shape = {key: getattr(config, key) for key in ARCHITECTURE}
-    return GPT(GPTConfig(vocab_size=vocab_size, **shape, **model_overrides(config)))
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape, **model_overrides(config)))
+    return Weights(model, "scratch", data.tokenizer)
 
 
-def load_model(
-    config, given: dict, checkpoint: dict | None, path: Path | None
-) -> tuple[GPT, dict | None, Path | str]:
-    """The model whose weights init_from names, on the CPU; what describes their tokenizer, if that
-    is known; and where they come from. With distill, that is the teacher."""
-    name, pa_length, overrides = config.init_from, given.get("block_size"), model_overrides(config)
-    match config.init_from:
-        case "resume":
-            overrides = {"attn_impl": config.attn_impl, "dropout": config.dropout}
-        case "finetune":
-            if ckpt.config_of(checkpoint, path).pa_length is None:
-                overrides["pa_length"] = pa_length  # the length that PA will be trained with
-        case "distill":
-            name, pa_length, overrides = config.teacher, None, AS_TEACHER
-        case _:
-            overrides = {key: value for key, value in overrides.items() if key in given}
+def from_run_to_resume(config, checkpoint: dict, path: Path) -> Weights:
+    """The weights of a run, which stays the model that it is."""
+    overrides = {"attn_impl": config.attn_impl, "dropout": config.dropout}
+    return from_checkpoint(checkpoint, path, overrides)
+
+
+def from_run_to_finetune(config, given: dict, checkpoint: dict, path: Path) -> Weights:
+    """The weights of a run, perhaps with another attention or with adapters."""
+    overrides = model_overrides(config)
+    if ckpt.config_of(checkpoint, path).pa_length is None:
+        overrides["pa_length"] = given.get("block_size")  # the length PA will be trained with
+    return from_checkpoint(checkpoint, path, overrides)
+
+
+def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
+    """The weights of the teacher, a run or else a GPT-2."""
     if checkpoint is not None:
-        model = ckpt.build_model(checkpoint, path, **overrides)
-        return model, checkpoint.get("tokenizer"), path
+        return from_checkpoint(checkpoint, path, AS_TEACHER)
+    try:
+        model = GPT.from_pretrained(config.teacher, AS_TEACHER)
+    except (OSError, ValueError) as error:
+        problem = f"teacher={config.teacher} has no checkpoint and is no GPT-2 ({error})"
+        raise UserError(f"{problem}; train it first, or pass --teacher=gpt2") from error
+    return Weights(model, config.teacher, meta_of_folder(config.teacher))
 
+
+def from_gpt2(config, given: dict) -> Weights:
+    """The weights of a GPT-2 of transformers, or of a folder that export.py wrote."""
+    name = config.init_from
     run = Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)
-    if config.init_from != "distill" and holds_checkpoint(run):
+    if holds_checkpoint(run):
         repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
         raise UserError(f"init_from={name} is the folder of a run; {repair}")
+    overrides = {key: value for key, value in model_overrides(config).items() if key in given}
     try:
-        model = GPT.from_pretrained(name, overrides, pa_length)
+        model = GPT.from_pretrained(name, overrides, given.get("block_size"))
     except (OSError, ValueError) as error:
         allowed = "scratch, resume, finetune, distill, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
         problem = f"{error}; init_from is {allowed}, or the folder or hub name of such a model"
-        if config.init_from == "distill":
-            problem = f"teacher={name} has no checkpoint and is no GPT-2 ({error})"
-            problem += "; train it first, or pass --teacher=gpt2"
         raise UserError(problem) from error
-    return model, meta_of_folder(name), name
+    return Weights(model, name, meta_of_folder(name))
+
+
+def from_checkpoint(checkpoint: dict, path: Path, overrides: dict) -> Weights:
+    model = ckpt.build_model(checkpoint, path, **overrides)
+    return Weights(model, path, checkpoint.get("tokenizer"))
 
 
 def student_of(teacher: GPT, config, given: dict) -> GPT:

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, subprocess_run
 
 from configurator import UserError
-from engine.runtime import Interrupt, Runtime, lost_rank
+from engine.runtime import Interrupt, Runtime, limit_threads, lost_rank
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -89,3 +89,16 @@ def test_freed_memory_is_kept():
     )
     kept, returned = (int(subprocess_run("-c", code, device).stdout) for device in ("cpu", "cuda"))
     assert 2 * kept < returned
+
+
+@pytest.mark.parametrize("parameters, given, threads", [(4160, False, 1), (4160, True, 2)])
+def test_a_tiny_model_uses_one_thread_unless_told(monkeypatch, parameters, given, threads):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: chosen.append(n))
+    chosen = [2]
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    limit_threads(parameters, tokens=64)
+    limit_threads(10**6, tokens=4096)
+    assert chosen[-1] == threads
