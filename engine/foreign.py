@@ -1,6 +1,4 @@
-"""
-Checkpoints that others wrote, nanoGPT or the fork where this idea began, under the names used here.
-"""
+"""Checkpoints that others wrote, nanoGPT or the old fork, in the form used here."""
 
 import re
 from pathlib import Path

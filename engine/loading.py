@@ -1,6 +1,4 @@
-"""
-A trained model and its tokenizer: of a run, of GPT-2, or of a folder in transformers' format.
-"""
+"""A trained model and its tokenizer: of a run, a GPT-2, or a folder that export.py wrote."""
 
 import os
 from collections.abc import Sequence

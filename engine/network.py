@@ -1,6 +1,4 @@
-"""
-Whether a server can be reached, asked before a library that would retry for minutes is called.
-"""
+"""Whether a server can be reached, asked before a library retries for minutes."""
 
 import os
 import urllib.error

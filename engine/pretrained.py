@@ -1,6 +1,4 @@
-"""
-Reading GPT-2 in the format of transformers: its config and its weights, under this project's names.
-"""
+"""GPT-2 in the format of transformers: its config and weights under this project's names."""
 
 from collections.abc import Callable
 from pathlib import Path

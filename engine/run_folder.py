@@ -1,6 +1,4 @@
-"""
-The folder of a run: which one it is, how it is made ready, and what it says about the machine.
-"""
+"""The folder of a run: which one it is, how it is made ready, what config.json says."""
 
 import json
 import os
