@@ -59,8 +59,7 @@ WITHOUT_EFFECT = (
 ).split()
 DIVERGED = "diverged.txt"  # in the folder of a diverged run: the error message of train.py
 
-# ----------------------------------------------------------------------------
-# The trials
+# ---- The trials -------------------------------------------------------------
 
 
 @dataclass
@@ -169,8 +168,7 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     return trials
 
 
-# ----------------------------------------------------------------------------
-# Training
+# ---- Training ---------------------------------------------------------------
 
 
 def start_training(trial: Trial, slot: int, jobs: int, gpus: list[str], lock) -> subprocess.Popen:
@@ -246,8 +244,7 @@ def conclude(trial: Trial, code: int) -> tuple[str, bool]:
     return f"val loss {float(trial.rows()[-1]['val_loss']):.4f}", True
 
 
-# ----------------------------------------------------------------------------
-# Results
+# ---- Results ----------------------------------------------------------------
 
 
 def write_results(trials: list[Trial], config: CompareConfig) -> None:

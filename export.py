@@ -46,12 +46,10 @@ def to_hf(
     vocab_size: int | None = None,
     eot: int | None = None,
 ) -> tuple[object, dict[str, Tensor]]:
-    """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does.
-
-    `state` is the GPT's state dict without adapters (see lora.fold_lora), whose memory the result
-    shares where it can. Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since
-    transformers would draw them. `eot` is the id of the end of text, if there is one.
-    """
+    """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does. `state` is
+    the GPT's state dict without adapters (see lora.fold_lora), whose memory the result shares where
+    it can. Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since transformers
+    would draw them. `eot` is the id of the end of text, if there is one."""
     from transformers import GPT2Config
 
     vocab_size = vocab_size or config.vocab_size

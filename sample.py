@@ -90,11 +90,9 @@ def generate(
     on_texts: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
     """`num_samples` texts for each prompt, those of the first prompt first, each with its prompt.
-
     Sample i of a prompt depends on the seed and on i, not on what else is drawn: in one batch or
     one at a time, the text is the same. `on_tokens` is called with the ids (B,) of each step, and
-    `on_texts` with the texts of each batch. Raises UserError for a prompt that can't be encoded.
-    """
+    `on_texts` with the texts of each batch. Raises UserError for a prompt that can't be encoded."""
     device = next(model.parameters()).device
     encoded = [torch.as_tensor(encode_prompt(tokenizer, p), device=device) for p in prompts]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "compile": compile}

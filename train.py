@@ -113,8 +113,7 @@ class Config:
 
 PICTURES_FROM = 100  # steps: pictures take two seconds, too long for a shorter run
 
-# ----------------------------------------------------------------------------
-# Learning rate
+# ---- Learning rate ----------------------------------------------------------
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -134,18 +133,15 @@ def learning_rate(step: int, config: Config) -> float:
     return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ----------------------------------------------------------------------------
-# One step
+# ---- One step ---------------------------------------------------------------
 
 
 def train_step(
     model, optimizer, scaler, batches: Batches, rt: runtime.Runtime, config: Config, step: int
 ) -> tuple[float, float, bool]:
-    """One update of the weights, unless the loss or the gradient is not finite.
-
-    Returns the loss, a mean over micro-steps and ranks; the norm of the gradient before clipping;
-    and whether the weights were updated.
-    """
+    """One update of the weights, unless the loss or the gradient is not finite. Returns the loss, a
+    mean over micro-steps and ranks; the norm of the gradient before clipping; and whether the
+    weights were updated."""
     micro_steps = rt.share(config.gradient_accumulation_steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = 0.0
@@ -195,15 +191,12 @@ def estimate_loss(model, data: Dataset, rt: runtime.Runtime, config: Config) -> 
     return losses
 
 
-# ----------------------------------------------------------------------------
-# The loop
+# ---- The loop ---------------------------------------------------------------
 
 
 def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
-    """Do what the keys that the user set, `given`, ask for. Returns the exit code.
-
-    `stack` closes what must be closed, such as the log, however the run ends.
-    """
+    """Do what the keys that the user set, `given`, ask for. Returns the exit code. `stack` closes
+    what must be closed, such as the log, however the run ends."""
     run = start.begin(Config, given, rt)
     config, data = run.config, run.data
     if config.datasets:

@@ -45,12 +45,10 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
 
 
 class Dataset:
-    """The token files of one data set; `tokens` maps each of `splits` to its checked file.
-
-    `meta` is what meta.json says, `tokenizer` the part of it that a checkpoint keeps; every id is
-    below `vocab_size`. Raises UserError if the folder, a split or the metadata is missing, damaged
-    or contradicts itself.
-    """
+    """The token files of one data set; `tokens` maps each of `splits` to its checked file. `meta`
+    is what meta.json says, `tokenizer` the part of it that a checkpoint keeps; every id is below
+    `vocab_size`. Raises UserError if the folder, a split or the metadata is missing, damaged or
+    contradicts itself."""
 
     def __init__(
         self,
@@ -166,11 +164,9 @@ class Dataset:
 
 
 class Batches:
-    """The batches of one rank in the order of training, each loaded while the device works.
-
-    `next` is the one to use now, what load(step, micro_step) returned, or None after the last one.
-    Call `advance` once the device has work, to load another.
-    """
+    """The batches of one rank in the order of training, each loaded while the device works. `next`
+    is the one to use now, what load(step, micro_step) returned, or None after the last one. Call
+    `advance` once the device has work, to load another."""
 
     def __init__(self, load: Callable, micro_steps: range, first_step: int, last_step: int):
         self.load = load

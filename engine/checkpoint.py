@@ -32,8 +32,7 @@ from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
 
-# ----------------------------------------------------------------------------
-# Write
+# ---- Write ------------------------------------------------------------------
 
 
 def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
@@ -170,8 +169,7 @@ def check_seal(path: Path) -> None:
             raise ValueError("its SHA-256 is not the one it was written with")
 
 
-# ----------------------------------------------------------------------------
-# Read
+# ---- Read -------------------------------------------------------------------
 
 
 class Damaged(UserError):

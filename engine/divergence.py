@@ -18,10 +18,8 @@ from model import GPT
 
 def where_it_began(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], rt) -> str | None:
     """One line about the first of `batches` (inputs and targets, (B, T) each) whose loss or
-    gradient is not finite; None if all are.
-
-    `model` must be the plain model, not compiled nor under DDP; its gradients are lost.
-    """
+    gradient is not finite; None if all are. `model` must be the plain model, not compiled nor under
+    DDP; its gradients are lost."""
     for name, weight in model.named_parameters():
         if not finite([weight]):
             return f"it began in the weights {name}"

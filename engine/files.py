@@ -9,11 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator:
-    """Open a temporary file, which replaces `path`, safe on the disk, when the body ends.
-
-    Readers see either the old file or the new one. If the body raises, `path` stays as it was. Text
-    is UTF-8, without translation of line ends. Raises OSError, for example for a full disk.
-    """
+    """Open a temporary file, which replaces `path`, safe on the disk, when the body ends. Readers
+    see either the old file or the new one. If the body raises, `path` stays as it was. Text is
+    UTF-8, without translation of line ends. Raises OSError, for example for a full disk."""
     temporary = path.with_name(f"{path.name}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:

@@ -16,14 +16,12 @@ NUMPY_SCALARS = [
 
 
 def normalise(checkpoint: dict, path: Path) -> None:
-    """Bring a checkpoint to the form that this project writes: model, model_args and numbers.
-
-    The prefixes of torch.compile and DDP go, and so do the causal masks that old nanoGPTs kept.
-    Numpy scalars become Python's numbers. Of the fork: `add_lora` goes where there is no adapter;
+    """Bring a checkpoint to the form that this project writes: model, model_args and numbers. The
+    prefixes of torch.compile and DDP go, and so do the causal masks that old nanoGPTs kept. Numpy
+    scalars become Python's numbers. Of the fork: `add_lora` goes where there is no adapter;
     adapters raise a UserError. Its LayerNorms have biases even with bias=False: biases that are all
     zero go; otherwise the model gets bias=True, and Linear layers zero biases. The logits are
-    exactly the same then, but the optimizer's state no longer fits.
-    """
+    exactly the same then, but the optimizer's state no longer fits."""
     for part in (checkpoint, checkpoint["model_args"], checkpoint["config"]):
         part |= {k: v.item() for k, v in part.items() if isinstance(v, np.generic)}
     prefixes = re.compile(r"^((module|_orig_mod)\.)+")

@@ -58,10 +58,8 @@ def load_trained(
     out_dir: str | Path, checkpoint: str, init_from: str, data_dir: str | Path | None, **overrides
 ) -> Trained:
     """The model of a checkpoint in `out_dir`, or what GPT.from_pretrained makes of `init_from`.
-
     `data_dir` holds the data sets, which know the tokenizers of nanoGPT's checkpoints. `overrides`
-    are fields of GPTConfig such as attn_impl.
-    """
+    are fields of GPTConfig such as attn_impl."""
     if init_from != "resume":
         try:
             model = GPT.from_pretrained(init_from, overrides).eval()

@@ -14,12 +14,10 @@ def decay_groups(params: list[Tensor], weight_decay: float) -> list[dict]:
 
 
 class MuonAdamW(Optimizer):
-    """torch's Muon (Jordan et al. 2024) and AdamW; each parameter belongs to one of them.
-
-    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that
-    one learning rate and one weight decay serve both. The groups and the state of the two are kept
-    here, for checkpoints, and the two work on these very objects.
-    """
+    """torch's Muon (Jordan et al. 2024) and AdamW; each parameter belongs to one of them. Muon's
+    updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one
+    learning rate and one weight decay serve both. The groups and the state of the two are kept
+    here, for checkpoints, and the two work on these very objects."""
 
     def __init__(
         self, params: list[Tensor], blocks: set[Tensor], weight_decay: float, lr: float, **options

@@ -16,14 +16,12 @@ from engine.start import tokens_per_step
 
 
 class RunLog:
-    """The log of a run, which only the main process writes.
-
-    A row of log.csv: step (updates done); tokens seen; train_loss of that step's batches (mean over
-    micro-steps and ranks), or distill_loss while attention is matched; val_loss and eval_train_loss
-    where an evaluation was due; grad_norm of that step before clipping; lr; step_ms, tokens_per_s
-    and mfu (share of the GPU's peak) since the row before; peak_mib, the most memory held so far
-    (of the GPU if there is one); seconds in training steps so far. stats.csv has ranges.COLUMNS.
-    """
+    """The log of a run, which only the main process writes. A row of log.csv: step (updates done);
+    tokens seen; train_loss of that step's batches (mean over micro-steps and ranks), or
+    distill_loss while attention is matched; val_loss and eval_train_loss where an evaluation was
+    due; grad_norm of that step before clipping; lr; step_ms, tokens_per_s and mfu (share of the
+    GPU's peak) since the row before; peak_mib, the most memory held so far (of the GPU if there is
+    one); seconds in training steps so far. stats.csv has ranges.COLUMNS."""
 
     COLUMNS = (
         "step tokens train_loss distill_loss val_loss eval_train_loss grad_norm lr step_ms "

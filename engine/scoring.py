@@ -62,11 +62,9 @@ def run_evaluation(
 ) -> int:
     """Score the data sets that config.datasets lists, write the row of each to eval.json together
     with `about` the model, and print a table. `tokenizer_meta` describes the model's tokenizer, if
-    that is known. The config also has out_dir, data_dir, eval_stride and batch_size.
-
-    Returns the exit code. A data set that can't be scored is a line on stderr and makes the code 2;
-    the others are scored nevertheless.
-    """
+    that is known. The config also has out_dir, data_dir, eval_stride and batch_size. Returns the
+    exit code. A data set that can't be scored is a line on stderr and makes the code 2; the others
+    are scored nevertheless."""
     about = {**about, "attn_type": model.config.attn_type, "dtype": rt.dtype}
     names = dict.fromkeys(name.strip() for name in config.datasets.split(","))
     rows = {}

@@ -118,8 +118,7 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     return Start(config, model, source, tokenizer_meta, data, fingerprint, checkpoint, teacher)
 
 
-# ----------------------------------------------------------------------------
-# Settings
+# ---- Settings ---------------------------------------------------------------
 
 
 def after_restart(config, given: dict, rt: Runtime) -> dict:
@@ -229,8 +228,7 @@ def check_trajectory(old, new, path: Path) -> None:
         raise UserError(f"{'; '.join(repairs)}; or pass --allow_mismatch=True")
 
 
-# ----------------------------------------------------------------------------
-# What the settings come to
+# ---- What the settings come to ----------------------------------------------
 
 
 def schedule(config) -> tuple[int, float]:
@@ -266,8 +264,7 @@ def choose_implementation(config, rt: Runtime) -> str:
         raise UserError(error) from error
 
 
-# ----------------------------------------------------------------------------
-# Data
+# ---- Data -------------------------------------------------------------------
 
 
 def check_dataset_is_named(argv: list[str], given: dict, config) -> None:
@@ -309,8 +306,7 @@ def check_fingerprint(checkpoint: dict, fingerprint: dict, path: Path, name: str
         raise UserError(f"{problem}; put that file back, or pass --allow_mismatch=True")
 
 
-# ----------------------------------------------------------------------------
-# Weights
+# ---- Weights ----------------------------------------------------------------
 
 
 class Weights(NamedTuple):
