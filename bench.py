@@ -87,7 +87,7 @@ def peak_memory(run: Callable[[], object], rt) -> float | None:
     if rt.device_type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif rt.device_type == "cpu" and Path("/proc/self/clear_refs").exists():
-        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, or its reuse is free
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory, whose reuse would not count
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
     else:
         return None
@@ -297,7 +297,7 @@ def read_config() -> tuple[BenchConfig, list[str]]:
     if config.table not in ("step", "all", *TABLES):
         raise UserError(f"table={config.table} is none of step, {', '.join(TABLES)}, all")
     every_one = ",".join(name.replace("-n", "-8") for name in ATTN_TYPES)
-    attn_types = (config.attn_types or every_one).split(",")
+    attn_types = (every_one if config.attn_types is None else config.attn_types).split(",")
     for attn_type in (config.attn_type, *attn_types):
         check(replace(config, attn_type=attn_type))
     if config.nanogpt and not (Path(config.nanogpt) / "model.py").exists():

@@ -68,9 +68,8 @@ def draw_comparison(folder: Path, to: Path) -> None:
             for at in zip(*evaluations, strict=False):
                 x = mean(float(row[column]) / unit for row in at)
                 curves[attn_type].append((x, [float(row["val_loss"]) for row in at]))
-        figure, (axis,) = new_figure(
-            1, f"{PICTURES[name]}, each attention at its best learning rate"
-        )
+        title = f"{PICTURES[name]}, each attention at its best learning rate"
+        figure, (axis,) = new_figure(1, title)
         draw_bands(axis, curves, looks)
         axis.set_xlabel(label)
         save_figure(figure, to, name)

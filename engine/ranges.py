@@ -45,8 +45,8 @@ def range_end(n: int) -> int:
 
 @torch.no_grad()
 def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[[Tensor, Tensor], object]) -> list:
-    """What measure(q, k), of (B, nh, T, hs) in float32 or float64, returns for each layer, when the
-    model reads the token ids (B, T). It must be the plain model, not compiled nor under DDP."""
+    """What measure(q, k) returns for each layer, of queries and keys (B, nh, T, hs), in float32 or
+    float64, that `model`, the plain one without compilation and DDP, makes of token ids (B, T)."""
     results = []
 
     def hook(module, inputs, output):
