@@ -107,3 +107,20 @@ def gpt2_files(monkeypatch):
     if not folder.is_dir():
         pytest.skip("GPT-2's vocabulary is not on this machine")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+
+
+def write_run(folder, attn_type, log):
+    """The folder of a run, with a log of (tokens, val_loss)."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"attn_type": attn_type}))
+    lines = ["tokens,train_loss,val_loss", *(f"{tokens},,{loss}" for tokens, loss in log)]
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures by name, instead of files."""
+    drawn = {}
+    keep = lambda figure, path, **_: drawn.update({Path(path).stem: figure})
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    return drawn

@@ -20,7 +20,6 @@ import compare
 import train
 from compare import CompareConfig, Trial
 from configurator import UserError
-from engine.comparison import best_runs
 from engine.runlog import RunLog
 from train import Config
 
@@ -163,39 +162,6 @@ def test_a_stopped_comparison_goes_on_where_it_was(run, tmp_path, data_dir):
     evaluated = [row["step"] for row in read(first / "log.csv") if row["val_loss"]]
     assert evaluated == [str(step) for step in range(0, 201, 20)]
     assert not first.with_name(f"{first.name}.1").exists()
-
-
-def row_of(attn_type, rate, seed, loss):
-    """A row of results.csv; a loss of None has diverged."""
-    numbers = {"ms_per_step": 10.0, "tokens_per_s": 1000.0, "peak_mib": None}
-    row = {"attn_type": attn_type, "learning_rate": rate, "seed": seed, "final_val_loss": loss}
-    return row | numbers | {"diverged": loss is None}
-
-
-def test_each_attention_is_judged_at_its_best_learning_rate():
-    losses = {
-        "SM": {1e-3: (1.7, 1.5), 3e-3: (1.9, 1.8), 1e-2: (1.0, None)},
-        "GK": {1e-3: (2.2, 2.0), 3e-3: (1.9, 2.1), 1e-2: (2.3, 2.0)},
-        "PA_relu": {1e-3: (None, None), 3e-3: (1.0, None), 1e-2: (None, None)},
-    }
-    rows = [
-        row_of(attn_type, rate, seed, loss)
-        for attn_type, at in losses.items()
-        for rate, pair in at.items()
-        for seed, loss in enumerate(pair, 1)
-    ]
-    assert best_runs(rows) == {"SM": rows[:2], "GK": rows[8:10], "PA_relu": []}
-    trial = Trial({}, Config(out_dir="nowhere"))
-    text = compare.report(rows, [trial] * 20, "python compare.py")
-    cells = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    sm, gk, relu = cells[2:5]
-    assert sm[1:3] == ["1.6000 ± 0.1414", "-"] and sm[-2:] == ["0.001*", "1 of 6"]
-    assert gk[1:3] == ["2.0000 ± 0.1414", "+0.4000 ± 0.2828"] and gk[-2:] == ["0.003", "0 of 6"]
-    assert relu[1:] == ["diverged", "-", "-", "-", "-", "-", "5 of 6"]
-    assert cells[-1] == ["PA_relu", "2 diverged", "1 diverged", "2 diverged"]
-    assert "2 of 20 runs are missing" in text
-    text = compare.report([r for r in rows if r["attn_type"] != "SM"], [trial] * 12, "")
-    assert "minus GK's" in text and "missing" not in text
 
 
 def test_a_run_is_done_again_if_its_result_could_change(tmp_path):

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from conftest import EVERY_ATTN_TYPE
 
-from model import ATTN_TYPES, GPT, GPTConfig, attention, choose, parse_attn_type
+from model import ATTN_TYPES, GPT, GPTConfig, attention, parse_attn_type
 
 erf = np.vectorize(math.erf)
 NUMPY_F = {
@@ -187,20 +187,6 @@ def test_torch_compile_makes_one_graph_for_training_and_one_for_evaluation(attn_
     with torch.no_grad():
         compiled.eval()(idx, idx, with_logits=False)
     assert counts.frame_count == 2
-
-
-def test_auto_takes_the_fastest_implementation_and_others_say_why_they_can_not_run():
-    on_cpu = 64, torch.float32, "cpu"
-    assert choose("auto", "GK", *on_cpu) == "blockwise"
-    assert choose("auto", "SM", *on_cpu) == choose("triton", "SM", *on_cpu) == "SDPA"
-    assert choose("reference", "GK", *on_cpu) == "reference"
-    with pytest.raises(ValueError, match="need a CUDA device"):
-        choose("triton", "GK", *on_cpu)
-    with pytest.raises(ValueError, match="not one of auto, reference, blockwise, triton"):
-        choose("cuda", "GK", *on_cpu)
-    with pytest.raises(ValueError, match="no dropout"):
-        choose("triton", "GK", 64, torch.float32, "cuda", dropout=0.1)
-    assert choose("auto", "GK", 64, torch.float32, "cuda", dropout=0.1) == "blockwise"
 
 
 def test_the_implementation_is_no_property_of_the_model():
