@@ -8,7 +8,7 @@ A GPT whose attention is pluggable. Read it from top to bottom:
 Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size,
 V vocabulary, L the fixed length by which pointwise attention is divided.
 
-Departures from GPT-2: `attn_type`, biases that can be left out, and LoRA adapters (engine/lora.py).
+Departures from GPT-2: `attn_type`, `attn_decay`, biases that can be left out, and LoRA adapters.
 State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
 """
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from engine import lora, muon, peaks, pretrained
 from engine.generation import stream
-from kernels import blockwise, choice, cross_entropy
+from kernels import blockwise, choice, cross_entropy, decay
 from kernels.choice import Device, Implementation
 
 # ----------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def apply_mask(x: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def pointwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor: float, dropout=0.0, visible=None
+    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor=1.0, dropout=0.0, visible=None, L=0
 ) -> Tensor:
     """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
 
-    q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. Scores and
-    weights are at least float32, whatever autocast asks for: a distance between half-precision
-    vectors is a small difference of large numbers.
+    q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. L = 0 is
+    without a decay. Scores and weights are at least float32, whatever autocast asks for: a distance
+    between half-precision vectors is a small difference of large numbers.
     """
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -127,13 +127,15 @@ def pointwise_attention(
         # The mask comes after f, as zeros. The hidden scores are set to 0 too: an overflow of f
         # among them (GKpoly far out of range) would make the gradient 0 * inf = NaN.
         A = apply_mask(variant.f(apply_mask(x, visible)), visible) / divisor
+        A = decay.apply(A, visible, L)
         A = F.dropout(A, dropout) if dropout else A
         return (A @ v.to(wide)).to(v.dtype)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout=0.0, visible=None) -> Tensor:
-    """Softmax attention by torch's fused kernels, from and to the same shapes."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout=0.0, visible=None, L=0) -> Tensor:
+    """Softmax attention by torch's fused kernels, from and to the same shapes. L as above."""
     t, T = q.size(2), k.size(2)
+    visible = decay.bias(q, T, visible, L)  # unless L = 0
     if visible is None and 1 < t < T:
         visible = torch.ones(t, T, dtype=torch.bool, device=q.device).tril(T - t)
     causal = visible is None and t > 1
@@ -161,31 +163,33 @@ choose._dynamo_marked_constant = True
 
 
 def attention(
-    attn_type: str, block_size: int, pa_length_power: float = 1.0, impl: str = "auto"
+    attn_type: str, block_size: int, pa_length_power=1.0, impl="auto", attn_decay="none"
 ) -> Callable[..., Tensor]:
     """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None) -> y.
 
     PA_f divides by block_size ** pa_length_power, where `block_size` is L, the model's length in
-    training and never that of the present input: no row depends on what follows it. Raises
-    ValueError for an unknown attn_type, and when called if `impl` can't run.
+    training and never that of the present input: no row depends on what follows it. With a decay,
+    L is the decay's and nothing is divided. Raises ValueError for an unknown attn_type, and when
+    called if `impl` can't run.
     """
     variant = parse_attn_type(attn_type)
+    L = 0 if attn_decay == "none" else block_size
     if variant is None:
-        return softmax_attention
-    divisor = float(block_size) ** pa_length_power if variant.by_length else 1.0
-    by_blocks = blockwise.attention(attn_type, variant, divisor)
+        return partial(softmax_attention, L=L)
+    divisor = float(block_size) ** pa_length_power if variant.by_length and not L else 1.0
+    by_blocks = blockwise.attention(attn_type, variant, divisor, L)
 
     def attend(q, k, v, dropout=0.0, visible=None):
         if visible is not None or q.size(2) != k.size(2):  # generation, with a key-value cache
-            return pointwise_attention(q, k, v, variant, divisor, dropout, visible)
+            return pointwise_attention(q, k, v, variant, divisor, dropout, visible, L)
         chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout)
         if chosen == "triton":
             from kernels import triton_kernels
 
-            return triton_kernels.triton_attention(q, k, v, attn_type, divisor)
+            return triton_kernels.triton_attention(q, k, v, attn_type, divisor, L)
         if chosen == "blockwise":
             return by_blocks(q, k, v, dropout)
-        return pointwise_attention(q, k, v, variant, divisor, dropout)
+        return pointwise_attention(q, k, v, variant, divisor, dropout, L=L)
 
     return attend
 
@@ -205,7 +209,8 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has it; False is a bit faster
     # nanoGPT has none of the keys below
     attn_type: str = "SM"
-    pa_length: int | None = None  # L of PA_f; None: block_size. Cropping the model leaves it alone
+    attn_decay: Literal["none", "fixed"] = "none"  # see kernels/decay.py
+    pa_length: int | None = None  # L of PA_f and the decay; None: block_size. Cropping keeps it
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
     lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: no adapters
@@ -234,10 +239,10 @@ class GPTConfig:
                 require(field.name, allowed.__contains__, f"one of {', '.join(allowed)}")
         lora.check(self)
         variant = parse_attn_type(self.attn_type)
-        if variant is not None and variant.by_length:
-            self.pa_length = self.pa_length or self.block_size
-        else:  # neither means anything then, and nanoGPT knows neither
-            self.pa_length, self.pa_length_power = None, GPTConfig.pa_length_power
+        by_length, decays = variant and variant.by_length, self.attn_decay != "none"
+        self.pa_length = (self.pa_length or self.block_size) if by_length or decays else None
+        if decays or not by_length:  # it means nothing, and nanoGPT does not know it
+            self.pa_length_power = GPTConfig.pa_length_power
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default, so
@@ -256,7 +261,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         L = config.pa_length or config.block_size
-        self.attend = attention(config.attn_type, L, config.pa_length_power, config.attn_impl)
+        options = config.pa_length_power, config.attn_impl, config.attn_decay
+        self.attend = attention(config.attn_type, L, *options)
 
     def forward(self, x, extend=None):
         B, T, C = x.size()

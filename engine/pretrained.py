@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.network import HUB, reachable
 
 # The keys that export.py adds to config.json: which attention the weights were trained with
-ATTENTION_ARGS = ("attn_type", "pa_length", "pa_length_power")
+ATTENTION_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -14,6 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from kernels import decay
 from model import GPT, MAX_N, GPTConfig, gaussian_poly, parse_attn_type, scores
 
 ROWS = 128  # queries at a time: (nh, ROWS, T) scores are in memory
@@ -74,18 +75,21 @@ def row_blocks(q: Tensor, k: Tensor, config: GPTConfig) -> Iterator[tuple[Tensor
     """t queries at a time, with the T' keys of their sequence up to the last of them: scores x and
     weights A, (nh, t, T') each, and the causal mask between them, bool (t, T')."""
     variant, L = parse_attn_type(config.attn_type), config.pa_length
-    divisor = float(L) ** config.pa_length_power if L else 1.0
+    decays = config.attn_decay != "none"
+    divisor = float(L) ** config.pa_length_power if L and not decays else 1.0
     for b in range(q.size(0)):
         for i in range(0, q.size(2), ROWS):
             block = q[b, :, i : i + ROWS], k[b, :, : i + ROWS]
             x = scores(*block, variant.score if variant else "dot")
             causal = torch.ones(x.shape[1:], dtype=torch.bool, device=x.device).tril(i)
             if variant is None:
-                A = x.masked_fill(~causal, -math.inf).softmax(-1)
+                biased = x + decay.bias(x[None], x.size(-1), None, L)[0] if decays else x
+                A = biased.masked_fill(~causal, -math.inf).softmax(-1)
             else:
                 if variant.score == "distance":
                     x = x.clamp(max=0)  # above 0 there are rounding errors only
                 A = variant.f(x).masked_fill(~causal, 0) / divisor
+                A = decay.apply(A[None], None, L)[0] if decays else A
             yield x, causal, A
 
 

@@ -34,7 +34,7 @@ from model import GPT, GPTConfig, choose
 # What resume takes from the checkpoint, and finetune and GPT-2 from the weights they start with
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # What a resumed run can't change, while a finetune may
-KEPT = ("attn_type", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
+KEPT = ("attn_type", "attn_decay", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
 # Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
 AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config

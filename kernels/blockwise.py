@@ -10,28 +10,25 @@ With x and f as in model.py's registry, A[i, j] = f(x[i, j]) for j <= i and 0 ab
     dq_i = c sum_j G_ij (k_j - q_i),   dk_j = c sum_i G_ij (q_i - k_j)      for 'distance'
 
 Nothing is normalised over j, so a tile needs nothing from the other tiles of its row, and backward
-recomputes it from q, k and v alone. On a CPU, what GK and GKpoly-n do between the matrix products
-is compiled from tile.c.
+recomputes it from q, k and v alone. A public decay (decay.py) multiplies the tiles of A and G by
+gamma^(i-j); y and dy are divided by its row sums. On a CPU, what GK and GKpoly-n do between the
+matrix products is compiled from tile.c.
 
 Shapes: B batch, nh heads, T sequence length, hs head size. A tile holds N of the B nh heads, `size`
 rows i and `size` columns j (fewer at the end of a sequence).
 """
 
-import ctypes
 import math
-import os
-import platform
 import re
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kernels.compiled import PART, compiled_tile
+from kernels.decay import TileDecay
 
 aten = torch.ops.aten
 
@@ -156,46 +153,13 @@ def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tens
 
 
 # ----------------------------------------------------------------------------
-# tile.c: norms, f, f', the zeros above the diagonal and the sums of G in one pass over a tile
-
-PART = 32  # rows of a tile over which G is summed at a time, so that no thread waits for another
+# Tiles
 
 
-@cache
-def compiled_tile(n: int | None = None) -> Callable | None:
-    """tile.c's `tile` for GK or, given n, for GKpoly-n; None if no GCC here can compile it. Each
-    process that needs it compiles it, for exactly this CPU, in a quarter of a second."""
-    flags = ["-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
-    # A loop split at the diagonal would be two loops, neither of which fills its vectors
-    flags += ["-fopenmp", "-fno-split-loops", "-shared", "-fPIC", f"-DPART={PART}"]
-    if platform.machine() == "x86_64":
-        flags += ["-mprefer-vector-width=512"]  # by default GCC uses half of AVX-512's width
-    if n is not None:
-        flags += [f"-DSQUARINGS={n}"]
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
-    try:
-        compiler = shlex.split(os.environ.get("CC") or "cc")
-        with tempfile.TemporaryDirectory() as folder:
-            library = f"{folder}/tile.so"
-            command = [*compiler, *flags, Path(__file__).with_name("tile.c"), "-o", library]
-            subprocess.run(command, check=True, **options)
-            tile = ctypes.CDLL(library).tile
-    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
-        return None
-    tile.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6
-    tile.restype = None
-    # $CC may hold options that change arithmetic; then the compiled tile is not trusted
-    x = torch.tensor([*range(-63, 0), math.nan], dtype=torch.float32, device="cpu") / 3
-    norms = torch.zeros_like(x)
-    expected = exp_(x.clone()) if n is None else gaussian_poly_(x.clone(), n=n)
-    tile(x.data_ptr(), None, norms.data_ptr(), norms.data_ptr(), None, None, 1, 1, 64, 1, 0, 1)
-    return tile if torch.allclose(x, expected, 1e-4, equal_nan=True) else None
-
-
-def one_pass(f_: Callable) -> Callable | None:
+def one_pass(f_: Callable, decays: bool) -> Callable | None:
     """The compiled tile for f_; None if there is none."""
     function, n = (f_.func, f_.keywords) if isinstance(f_, partial) else (f_, {})
-    return compiled_tile(**n) if function in (exp_, gaussian_poly_) else None
+    return compiled_tile(**n, decays=decays) if function in (exp_, gaussian_poly_) else None
 
 
 # ----------------------------------------------------------------------------
@@ -233,6 +197,12 @@ def add_product_(acc: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: fl
         acc.add_(torch.bmm(a, b, out_dtype=acc.dtype), alpha=alpha)
 
 
+def multiply_(x: Tensor, masks: list[Tensor]) -> None:
+    """x (N, rows, columns) times each mask (heads, rows, columns), the same for every sequence."""
+    for mask in masks:
+        x.view(-1, *mask.shape).mul_(mask)
+
+
 def empty_heads_last(like: Tensor) -> Tensor:
     """An uninitialised (B, nh, T, hs) that is (B, T, nh, hs) in memory: its heads can be put side
     by side, as (B, T, C), without a copy."""
@@ -243,7 +213,10 @@ def empty_heads_last(like: Tensor) -> Tensor:
 class Tiles:
     """What forward and backward share: blocks of q and k, memory, and the weights of a tile."""
 
-    def __init__(self, q: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float):
+    def __init__(
+        self, q: Tensor,
+        seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
+    ):  # fmt: skip
         score, self.f_ = REGISTERED[name]
         self.distance = score == "distance"
         self.c = 1 / math.sqrt(q.size(3))
@@ -258,9 +231,12 @@ class Tiles:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.narrow = q.dtype if q.is_cuda else self.wide
         compilable = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
-        self.tile = one_pass(self.f_) if compilable else None
+        self.tile = one_pass(self.f_, decay_length > 0) if compilable else None
         self.parts = math.ceil(min(self.size, T) / PART) if self.tile else 1
         self.device, self.memory = q.device, {}
+        self.decay, self.first = None, 0  # the first head of the group that this tile needs
+        if decay_length:
+            self.decay = TileDecay(nh, decay_length, T, self.size, self.wide, q.device)
         if dropout:
             # Forward and backward walk the tiles in the same order: same seed, same masks
             self.generator = torch.Generator(q.device).manual_seed(int(seed))
@@ -290,11 +266,33 @@ class Tiles:
         return self.empty(name, row.mT.shape, self.narrow).copy_(row.mT).flatten(0, 1)
 
     def sum(self, name: str | tuple, row: Tensor) -> Tensor:
-        """Uninitialised memory (N, size, hs) for the sum that is written to `row` in the end."""
-        return self.empty(name, row.shape, self.wide).flatten(0, 1)
+        """Memory (N, size, hs) for the sum that is written to `row` in the end: uninitialised, or
+        with a decay, where tiles are skipped, zeros."""
+        memory = self.empty(name, row.shape, self.wide).flatten(0, 1)
+        return memory.zero_() if self.decay else memory
 
-    def take_rows(self, q: Tensor) -> None:
+    def divide_by_sums(self, t: Tensor) -> Tensor:
+        """t (B, nh, T, hs), of which with a decay row i of each head is divided by s_i."""
+        return (t / self.decay.sums).to(t.dtype) if self.decay else t
+
+    def reaches(self, i: int, j: int) -> bool:
+        """Whether tile (i, j) is to be computed: without a decay always, with one if any head of
+        the group reaches so far. Of one sequence, heads before the first that does are left out:
+        `near` cuts them off."""
+        first = self.decay.first(self.heads, i, j) if self.decay else 0
+        self.first = first if first and self.sequences == 1 else 0
+        return first is not None
+
+    def near(self, t: Tensor) -> Tensor:
+        return t[self.first :] if self.first else t
+
+    def tile_memory(self, name: str, i: int) -> Tensor:
+        """Memory for a tile of row block i and of the columns that were taken."""
+        return self.near(self.empty(name, (*self.q[i].shape[:2], self.kt.size(2)), self.wide))
+
+    def take_rows(self, q: Tensor, h: slice) -> None:
         """Keep the q (b, h, T, hs) of a group of heads and, for a distance, -c/2 |q|^2."""
+        self.heads, self.sequences = h, q.size(0)
         self.q = self.blocks("q", q)
         if self.distance:
             norm = partial(torch.linalg.vector_norm, dim=2, keepdim=True, dtype=self.wide)
@@ -316,28 +314,33 @@ class Tiles:
         For a distance, the sums of that gradient over columns and over rows are added to
         G_row (N, size) and to G_column (N, parts, size); the caller adds up the parts.
         """
-        x = self.empty("x", (*self.q[i].shape[:2], self.kt.size(2)), self.wide)
+        q_i, kt, x = self.near(self.q[i]), self.near(self.kt), self.tile_memory("x", i)
+        norms = tuple(map(self.near, (self.q_norm[i], self.k_norm))) if self.distance else ()
         add_norms = self.distance and not self.tile
         if add_norms:
-            torch.add(self.q_norm[i], self.k_norm, out=x)
-        add_product_(x, self.q[i], self.kt, alpha=self.c, beta=float(add_norms))
+            torch.add(*norms, out=x)
+        add_product_(x, q_i, kt, alpha=self.c, beta=float(add_norms))
+        masks = []  # factors of A and of G
         if self.keep < 1:
-            kept = self.empty("kept", x.shape, self.wide)
-            kept.bernoulli_(self.keep, generator=self.generator)
-            if G is not None:
-                G.mul_(kept)
+            kept = self.tile_memory("kept", i)
+            masks.append(kept.bernoulli_(self.keep, generator=self.generator))
+        h = slice(self.heads.start + self.first, self.heads.stop)
+        if self.decay and not self.tile:
+            masks.append(self.decay.tile(h, i, j, *x.shape[1:]))
+        if G is not None:
+            multiply_(G, masks)
         if self.tile:
-            tensors = x, G, self.q_norm[i], self.k_norm, G_row, G_column
-            pointers = (t if t is None else t.data_ptr() for t in tensors)
-            self.tile(*pointers, *x.shape, self.parts, i == j, torch.get_num_threads())
+            pointers = (t if t is None else t.data_ptr() for t in (x, G, *norms, G_row, G_column))
+            decay = self.decay.pointer(h, i, j) if self.decay else ()
+            threads = torch.get_num_threads()
+            self.tile(*pointers, *x.shape, self.parts, i == j, threads, *decay)
         else:
             x = self.f_(x, G)
             if i == j:  # zeros are written, not multiplied by, since a hidden score may overflow
                 x = x.tril_()
                 if G is not None:
                     G.tril_()
-        if self.keep < 1:
-            x = x.mul_(kept)
+        multiply_(x, masks)
         if G is not None:
             G = G.to(self.narrow)
             if self.distance and not self.tile:
@@ -364,55 +367,63 @@ REGISTERED = {}  # name -> (score, f_), since an operator takes strings but no f
 
 @torch.library.custom_op("pointwise::blockwise", mutates_args=())
 def blockwise_forward(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, name: str, divisor: float, dropout: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int = 0,
+) -> Tensor:  # fmt: skip
     """y (B, nh, T, hs) as defined at the top of this file."""
     y = empty_heads_last(q)
     with torch.autocast(q.device.type, enabled=False):
-        t = Tiles(q, seed, name, divisor, dropout)
+        t = Tiles(q, seed, name, divisor, dropout, decay_length)
         for b, h in t.groups:
             k_rows, y_rows = t.rows(k[b, h]), t.rows(y[b, h])
-            t.take_rows(q[b, h])
+            t.take_rows(q[b, h], h)
             y_sums = [t.sum(("y", i), y_i) for i, y_i in enumerate(y_rows)]
             for j, v_j in enumerate(t.blocks("v", v[b, h])):
                 t.take_columns(k_rows[j])
+                later = float(j > 0 or t.decay is not None)  # whether a sum holds something by now
                 for i in range(j, len(y_sums)):
+                    if not t.reaches(i, j):
+                        break
                     A, _ = t.weights(i, j)
-                    add_product_(y_sums[i], A, v_j, alpha=t.scale, beta=float(j > 0))
+                    add_product_(t.near(y_sums[i]), A, t.near(v_j), t.scale, beta=later)
             for y_i, y_sum in zip(y_rows, y_sums, strict=True):
                 y_i.copy_(y_sum.view(y_i.shape))
-    return y
+        return t.divide_by_sums(y)
 
 
 @torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
 def blockwise_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    seed: Tensor | None, name: str, divisor: float, dropout: float,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
     dq, dk, dv = (empty_heads_last(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
-        t = Tiles(q, seed, name, divisor, dropout)
-        alpha = t.c * t.scale
+        t = Tiles(q, seed, name, divisor, dropout, decay_length)
+        alpha, dy = t.c * t.scale, t.divide_by_sums(dy)
         for b, h in t.groups:
             q_rows, k_rows, v_rows = t.rows(q[b, h]), t.rows(k[b, h]), t.rows(v[b, h])
             dq_rows, dk_rows, dv_rows = t.rows(dq[b, h]), t.rows(dk[b, h]), t.rows(dv[b, h])
             k_blocks, dy_blocks = t.blocks("k", k[b, h]), t.blocks("dy", dy[b, h])
-            t.take_rows(q[b, h])
+            t.take_rows(q[b, h], h)
             dq_sums = [t.sum(("dq", i), dq_i) for i, dq_i in enumerate(dq_rows)]
             G_rows = [t.zeros(("G_row", i), *q_i.shape[:2]) for i, q_i in enumerate(t.q)]
             for j, k_j in enumerate(k_blocks):
                 t.take_columns(k_rows[j])
                 vt_j = t.transposed("vt", v_rows[j])
                 dk_sum, dv_sum = t.sum("dk", dk_rows[j]), t.sum("dv", dv_rows[j])
+                later = float(j > 0 or t.decay is not None)
                 G_column = t.zeros("G_column", t.kt.size(0), t.parts, t.kt.size(2))
                 for i in range(j, len(dq_rows)):
-                    G = t.empty("G", (*dy_blocks[i].shape[:2], vt_j.size(2)), t.wide)
-                    add_product_(G, dy_blocks[i], vt_j, beta=0.0)
-                    A, G = t.weights(i, j, G, G_rows[i], G_column)
-                    add_product_(dv_sum, A.mT, dy_blocks[i], t.scale, beta=float(i > j))
-                    add_product_(dk_sum, G.mT, t.q[i], alpha, beta=float(i > j))
-                    add_product_(dq_sums[i], G, k_j, alpha, beta=float(j > 0))
+                    if not t.reaches(i, j):
+                        break
+                    q_i, dy_i = t.near(t.q[i]), t.near(dy_blocks[i])
+                    G = t.tile_memory("G", i)
+                    add_product_(G, dy_i, t.near(vt_j), beta=0.0)
+                    A, G = t.weights(i, j, G, t.near(G_rows[i]), t.near(G_column))
+                    add_product_(t.near(dv_sum), A.mT, dy_i, t.scale, beta=float(i > j))
+                    add_product_(t.near(dk_sum), G.mT, q_i, alpha, beta=float(i > j))
+                    add_product_(t.near(dq_sums[i]), G, t.near(k_j), alpha, beta=later)
                 dv_rows[j].copy_(dv_sum.view(dv_rows[j].shape))
                 t.write(dk_rows[j], dk_sum, k_rows[j], G_column.sum(1))
             for dq_i, dq_sum, q_i, G_row in zip(dq_rows, dq_sums, q_rows, G_rows, strict=True):
@@ -421,12 +432,12 @@ def blockwise_backward(
 
 
 @blockwise_forward.register_fake
-def _(q, k, v, seed, name, divisor, dropout):
+def _(q, k, v, seed, name, divisor, dropout, decay_length):
     return empty_heads_last(q)
 
 
 @blockwise_backward.register_fake
-def _(dy, q, k, v, seed, name, divisor, dropout):
+def _(dy, q, k, v, seed, name, divisor, dropout, decay_length):
     return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
 
 
@@ -436,14 +447,15 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return *blockwise_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return *blockwise_backward(dy, *ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
 blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
-    """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`.
+def attention(name: str, variant, divisor: float, decay_length: int = 0) -> Callable[..., Tensor]:
+    """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. `decay_length` is
+    the L of the public decay; 0 is without one.
 
     Returns a callable (q, k, v, dropout=0.0) -> y for q, k, v (B, nh, T, hs) of one dtype and any
     strides. y has the same shape, with its heads last in memory; dropout is of weights. A later
@@ -455,6 +467,6 @@ def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it
         seed = torch.randint(2**62, (), device="cpu") if dropout else None
-        return blockwise_forward(q, k, v, seed, name, divisor, dropout)
+        return blockwise_forward(q, k, v, seed, name, divisor, dropout, decay_length)
 
     return attend

@@ -57,17 +57,27 @@ static inline float f(float x, float *slope)
 }
 #endif
 
+#ifdef DECAY
+#define FADE_ARGUMENTS , const float *restrict fade, int fade_step, int heads
+#define FADE * fi[j]
+#else
+#define FADE_ARGUMENTS
+#define FADE
+#endif
+
 /*
 x: N tiles of q k^T / sqrt(hs), rows by columns. The norms' terms are added to each score, and A
     takes the scores' place.
 g: as many tiles of dy v^T, or NULL. The gradient of x takes their place.
 g_rows (N x rows), g_columns (N x parts x columns): the sums of g over columns and over rows are
     added to them; g_columns has a part for every PART rows, so that no thread waits for another.
+With -DDECAY: fade + (n % heads) * fade_step has the decay's factors of row 0, which A and g are
+    multiplied by; those of each row below begin one place before.
 diagonal: whether column j is the future of every row i < j, where A and g become 0.
 */
 void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
           const float *restrict k_norm, float *restrict g_rows, float *restrict g_columns,
-          int N, int rows, int columns, int parts, int diagonal, int threads)
+          int N, int rows, int columns, int parts, int diagonal, int threads FADE_ARGUMENTS)
 {
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int n = 0; n < N; n++)
@@ -76,6 +86,9 @@ void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
                 long row = (long)n * rows + i;
                 int seen = diagonal ? i + 1 : columns;
                 const float *restrict kn = k_norm + (long)n * columns;
+#ifdef DECAY
+                const float *restrict fi = fade + (long)(n % heads) * fade_step - i;
+#endif
                 float *restrict xi = x + row * columns, qn = q_norm[row], sum = 0, slope;
                 if (g) {
                     float *restrict gi = g + row * columns;
@@ -83,8 +96,8 @@ void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
 #pragma omp simd reduction(+ : sum) private(slope)
                     for (int j = 0; j < columns; j++) {
                         float a = f(xi[j] + qn + kn[j], &slope);
-                        xi[j] = j < seen ? a : 0;
-                        gi[j] = j < seen ? gi[j] * slope : 0;
+                        xi[j] = j < seen ? a FADE : 0;
+                        gi[j] = j < seen ? gi[j] * slope FADE : 0;
                         gj[j] += gi[j];
                         sum += gi[j];
                     }
@@ -93,7 +106,7 @@ void tile(float *restrict x, float *restrict g, const float *restrict q_norm,
 #pragma omp simd private(slope)
                     for (int j = 0; j < columns; j++) {
                         float a = f(xi[j] + qn + kn[j], &slope);
-                        xi[j] = j < seen ? a : 0;
+                        xi[j] = j < seen ? a FADE : 0;
                     }
                 }
             }

@@ -65,20 +65,21 @@ def inputs(shape, dtype, device="cpu", offset=0.0, seed=0):
     return *qkv.permute(2, 0, 3, 1, 4).unbind(0), dy.transpose(1, 2)
 
 
-def run(q, k, v, dy, name, attend=triton_kernels.triton_attention):
+def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, decay_length=0):
     """y, dq, dk, dv."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    y = attend(q, k, v, name, DIVISOR)
+    y = attend(q, k, v, name, DIVISOR, decay_length)
     return y.detach(), *torch.autograd.grad(y, (q, k, v), dy)
 
 
-def plain(q, k, v, dy, name):
+def plain(q, k, v, dy, name, decay_length=0):
     """The same by the plain formula, in float64."""
 
-    def attend(q, k, v, name, divisor):
-        return model.pointwise_attention(q, k, v, model.parse_attn_type(name), divisor)
+    def attend(q, k, v, name, divisor, decay_length):
+        variant = model.parse_attn_type(name)
+        return model.pointwise_attention(q, k, v, variant, divisor, L=decay_length)
 
-    return run(*(x.double() for x in (q, k, v, dy)), name, attend)
+    return run(*(x.double() for x in (q, k, v, dy)), name, attend, decay_length)
 
 
 def error(got, want) -> float:
@@ -101,6 +102,17 @@ def largest_error(name, dtype, device="cpu", shapes=SHAPES) -> float:
     return max(
         error(run(*x, name), plain(*x, name))
         for x in (inputs(shape, dtype, device, offset) for shape, offset in cases)
+    )
+
+
+def decay_error(dtype, device="cpu", names=("GK", "GKpoly-4", "PA_relu"), T=150) -> float:
+    """The largest error with a public decay, for reaches short enough to leave blocks out and long
+    ones."""
+    shapes = [(1, 3, T, 16), (2, 1, 37, 24)]
+    return max(
+        error(run(*x, name, decay_length=64), plain(*x, name, decay_length=64))
+        for x in (inputs(shape, dtype, device) for shape in shapes)
+        for name in names
     )
 
 
@@ -161,6 +173,7 @@ def interpret(dtype_name: str, all_cases: bool) -> dict:
         return {
             "error": {name: largest_error(name, dtype, shapes=[SMALL]) for name in NAMES},
             "error, overflow": overflow_error(dtype),
+            "error, decay": decay_error(dtype),
             "layouts": {"GK": layouts_agree("GK", dtype)},
             "future": {"GKpoly-4": future_is_hidden("GKpoly-4", dtype, shape=(1, 1, 77, 16))},
             "repeats": {"GK": same(run(*x, "GK"), run(*x, "GK"))},
@@ -172,6 +185,7 @@ def interpret(dtype_name: str, all_cases: bool) -> dict:
         "error, T=300": error(run(*x, "GK"), plain(*x, "GK")),
         "error, hs=256": error(run(*wide, "GK"), plain(*wide, "GK")),
         "error, overflow": overflow_error(dtype),
+        "error, decay": decay_error(dtype, names=NAMES, T=300),
         "layouts": {name: layouts_agree(name, dtype) for name in ("GK", "PA_gelu")},
         "future": {name: future_is_hidden(name, dtype) for name in ("GK", "GKpoly-4", "PA_silu")},
         "repeats": {name: same(run(*x, name), run(*x, name)) for name in ("GK", "PA_relu")},
@@ -183,7 +197,9 @@ def opcheck(device="cpu") -> None:
     for name in ("GK", "PA_gelu"):
         q, k, v, _ = inputs((2, 2, 7, 16), torch.float32, device)
         x = [t.detach().requires_grad_() for t in (q, k, v)]
-        torch.library.opcheck(torch.ops.triton_attention.forward, (*x, name, DIVISOR))
+        for decay_length in (0, 8):
+            args = *x, name, DIVISOR, decay_length
+            torch.library.opcheck(torch.ops.triton_attention.forward, args)
     x = inputs((2, 2, 7, 16), torch.float32, device)
     attend = torch.compile(triton_kernels.triton_attention, fullgraph=True, backend="aot_eager")
     assert same(run(*x, "GK", attend), run(*x, "GK"))
@@ -260,7 +276,9 @@ COMPILED = [
 ]
 
 
-def compile_for_hopper(kernel: str, name: str, head_size: int, one: bool = False) -> dict:
+def compile_for_hopper(
+    kernel: str, name: str, head_size: int, one: bool = False, decays: bool = False
+) -> dict:
     """Registers, stack and shared memory of the kernel as launched for bfloat16, and its wgmmas.
     `one`: as launched for one head and one position, which Triton compiles apart."""
     from triton.backends.compiler import GPUTarget
@@ -273,7 +291,7 @@ def compile_for_hopper(kernel: str, name: str, head_size: int, one: bool = False
     )._asdict()
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
     constants = blocks | {
-        "f": f, "n": n, "DISTANCE": score == "distance", "RAGGED": one,
+        "f": f, "n": n, "DISTANCE": score == "distance", "RAGGED": one, "DECAY": decays,
         "HS": head_size, "BLOCK_D": triton_kernels.padded(head_size),
     }  # fmt: skip
     if one:
@@ -287,8 +305,9 @@ def compile_for_hopper(kernel: str, name: str, head_size: int, one: bool = False
         elif argument in ("nh", "T", "group") or argument.startswith("stride"):
             signature[argument] = "i32"
         else:
-            signature[argument] = "*fp32" if argument.endswith("norm") else "*bf16"
-        if argument[0] in "QKVYds" and argument != "divisor" or argument == "T":
+            is_float32 = argument.endswith("norm") or argument in ("Rates", "S")
+            signature[argument] = "*fp32" if is_float32 else "*bf16"
+        if argument[0] in "QKVYdsRS" and argument != "divisor" or argument == "T":
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {
         (function.arg_names.index(k),): v for k, v in constants.items() if k in function.arg_names
@@ -342,6 +361,15 @@ def test_compiled_for_hopper(kernel, name, head_size):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["GK", "PA_relu"])
+def test_a_decay_fits_into_the_registers(kernel, name):
+    usage = compile_for_hopper(kernel, name, 64, decays=True)
+    assert usage["wgmma"] > 0 and usage["STACK"] <= 64
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_one_head_and_one_position_compile(kernel):
     assert compile_for_hopper(kernel, "GK", 64, one=True)["wgmma"] > 0
 
@@ -362,6 +390,12 @@ def test_gpu_output_and_gradients_are_those_of_the_plain_formula():
         for dtype, tolerance in TOLERANCE.items():
             worst = largest_error(name, DTYPES[dtype], "cuda", shapes)
             assert worst <= tolerance, (name, dtype, worst)
+
+
+@on_gpu
+def test_gpu_decay():
+    for dtype, tolerance in TOLERANCE.items():
+        assert decay_error(DTYPES[dtype], "cuda", NAMES, 1024) <= tolerance, dtype
 
 
 @on_gpu

@@ -1,0 +1,251 @@
+"""decay.py: the public decay in every path, against its formula written out in float64."""
+
+import math
+
+import pytest
+import torch
+from conftest import Failed
+from test_blockwise import TOLERANCE, assert_close, inputs, run
+
+from engine.generation import stream
+from kernels import blockwise, decay
+from model import GPT, GPTConfig, attention, parse_attn_type, pointwise_attention
+
+NAMES = ["GK", "GKpoly-4", "PA_relu", "PA_square", "PA_sigmoid"]
+L = 64  # of training, which is not the length of most inputs below
+
+
+def written_out(name, q, k, v, length=L):
+    """y (B, nh, T, hs), row by row, head by head."""
+    B, nh, T, hs = q.shape
+    y = []
+    for h in range(nh):
+        r = math.sqrt(length) if nh == 1 else 2 * (length / 4) ** (h / (nh - 1))
+        for i in range(T):
+            d = i - torch.arange(i + 1).to(q.dtype)
+            qi, kj = q[:, h, i, None], k[:, h, : i + 1]  # (B, 1, hs), (B, i + 1, hs)
+            dot = (qi * kj).sum(-1) / math.sqrt(hs)
+            if name == "SM":
+                A = (dot - d / r).softmax(-1)
+            else:
+                variant = parse_attn_type(name)
+                x = -(qi - kj).square().sum(-1) / (2 * math.sqrt(hs))
+                gamma = torch.exp(-d / r)
+                A = variant.f(x if variant.score == "distance" else dot) * gamma / gamma.sum()
+            y.append((A[:, :, None] * v[:, h, : i + 1]).sum(1))
+    return torch.stack(y, 1).view(B, nh, T, hs)
+
+
+def decayed(name, impl="auto", length=L):
+    return attention(name, length, impl=impl, attn_decay="fixed")
+
+
+def oracle(name, q, k, v, dy, length=L):
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    plain = dict(variant=parse_attn_type(name), divisor=1.0, L=length)
+    return run(pointwise_attention, q, k, v, dy.double(), **plain)
+
+
+@pytest.mark.parametrize("name", ["SM", *NAMES])
+@pytest.mark.parametrize("nh", [1, 2, 5])
+def test_the_plain_formula_is_the_one_of_the_docstring(name, nh):
+    case = inputs(2, nh, 17, 8)
+    q, k, v, dy = case
+    want = run(lambda *x: written_out(name, *x), *case)
+    assert_close(run(decayed(name, "reference"), *case), want, 1e-12)
+    one_row = decayed(name)(q[:, :, -1:], k, v)  # as with a cache
+    torch.testing.assert_close(one_row, want[0][:, :, -1:])
+
+
+def test_reaches_are_geometric_from_2_tokens_to_half_the_length():
+    assert decay.reaches(1, 256) == (16.0,)
+    r = decay.reaches(5, 256)
+    assert r[0] == 2 and r[-1] == 128
+    ratios = {round(b / a, 9) for a, b in zip(r, r[1:], strict=False)}
+    assert len(ratios) == 1
+    assert decay.reaches(2, 1) == (2.0, 2.0)  # no context, and nothing to fade
+
+
+# B, nh, T, hs: one tile and many, ragged and whole, one sequence (where short heads skip tiles)
+SHAPES = [(2, 3, 1, 16), (2, 3, 77, 16), (1, 2, 128, 64), (1, 5, 300, 16), (3, 1, 150, 8)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blockwise_output_and_gradients_are_those_of_the_plain_formula(name, dtype):
+    for shape in SHAPES:
+        case = inputs(*shape, dtype)
+        got = run(decayed(name, "blockwise"), *case)
+        assert_close(got, oracle(name, *case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["GK", "PA_relu"])
+@pytest.mark.parametrize("heads", [1, 3, 100])
+def test_every_grouping_of_heads_gives_the_same(name, heads, monkeypatch):
+    monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (4, heads))
+    for B, nh, dtype in [(1, 5, torch.float64), (3, 2, torch.float64), (1, 5, torch.float32)]:
+        case = inputs(B, nh, 200, 8, dtype)
+        want = oracle(name, *case)
+        assert_close(run(decayed(name, "blockwise"), *case), want, TOLERANCE[dtype])
+
+
+def test_tiles_beyond_the_reach_of_every_head_are_not_computed(monkeypatch):
+    """A head of reach 2 sees 2^-30 of what lies 42 tokens back."""
+    monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (8, 1))
+    tiles, weights = [], blockwise.Tiles.weights
+
+    def noted(self, i, j, *args):
+        tiles.append((i, j))
+        return weights(self, i, j, *args)
+
+    monkeypatch.setattr(blockwise.Tiles, "weights", noted)
+    q, k, v, _ = inputs(1, 1, 256, 8, torch.float32)
+    decayed("GK", "blockwise", length=4)(q, k, v)
+    assert decay.reaches(1, 4) == (2.0,)
+    assert max(i - j for i, j in tiles) == 6  # the nearest pair of tiles 7 apart is 49 apart
+
+
+def test_no_factor_overflows_however_large_the_tile():
+    """gamma^-511 with a reach of 2 is beyond float32."""
+    table = decay.TileDecay(1, 4, 512, 512, torch.float32, "cpu")
+    d = torch.arange(512)[:, None] - torch.arange(512)
+    got, want = table.tile(slice(0, 1), 0, 0, 512, 512)[0], torch.exp(-d.clamp(min=0) / 2.0)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["GKpoly-4", "PA_gelu"])
+def test_backward_drops_what_forward_dropped(name, monkeypatch):
+    monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (4, 2))
+
+    def seeded(q, k, v):
+        torch.manual_seed(0)
+        return decayed(name, "blockwise")(q, k, v, dropout=0.4)
+
+    for shape in [(1, 3, 6, 4), (2, 1, 60, 2)]:
+        assert torch.autograd.gradcheck(seeded, inputs(*shape)[:3], fast_mode=True)
+
+
+def test_dropout_zeroes_weights_and_scales_the_rest(monkeypatch):
+    monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (16, 2))
+    for dtype in (torch.float64, torch.float32):  # torch's operations and tile.c
+        q, k, _, _ = inputs(1, 1, 64, 64, dtype)
+        identity = torch.eye(64, dtype=dtype)[None, None]
+        A, dropped = (decayed("GK", "blockwise")(q, k, identity, p) for p in (0.0, 0.25))
+        kept = dropped != 0
+        torch.testing.assert_close(dropped[kept], A[kept] / 0.75)
+        lower = torch.ones(64, 64, dtype=torch.bool).tril()
+        assert abs(kept[..., lower].double().mean() - 0.75) < 0.05
+
+
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("name", ["SM", *NAMES])
+def test_the_length_of_the_input_does_not_change_a_row(name, impl):
+    q, k, v, _ = inputs(2, 3, 50, 8, torch.float32)
+    attend = decayed(name, impl)
+    short = attend(*(t[:, :, :5] for t in (q, k, v)))
+    torch.testing.assert_close(attend(q, k, v)[:, :, :5], short)
+
+
+def test_the_operators_keep_torch_librarys_promises(monkeypatch):
+    monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (4, 2))
+    decayed("GK", "blockwise")
+    q, k, v, dy = inputs(2, 3, 6, 4)
+    args = None, "GK", 1.0, 0.0, L
+    torch.library.opcheck(blockwise.blockwise_forward, (q, k, v, *args))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    torch.library.opcheck(blockwise.blockwise_backward, (dy, q, k, v, *args))
+
+
+# ----------------------------------------------------------------------------
+# The model
+
+
+def tiny(attn_type, attn_decay="fixed", **more):
+    torch.manual_seed(0)
+    shape = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16) | more
+    model = GPT(GPTConfig(**shape, attn_type=attn_type, attn_decay=attn_decay)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("attn_type", ["SM", *NAMES])
+def test_without_it_nothing_changes_by_a_bit(attn_type):
+    idx = torch.randint(31, (2, 16))
+    plain = GPTConfig(block_size=16, attn_type=attn_type)
+    assert not hasattr(plain, "reach") and "attn_decay" not in plain.model_args()
+    torch.manual_seed(0)
+    default = GPT(GPTConfig(16, 31, 2, 2, 16, attn_type=attn_type)).eval()
+    with torch.no_grad():
+        for p in default.parameters():
+            p.mul_(4)
+    off, on = tiny(attn_type, "none"), tiny(attn_type)
+    assert torch.equal(off(idx, idx)[0], default(idx, idx)[0])
+    assert not torch.allclose(on(idx, idx)[0], off(idx, idx)[0])
+
+
+@pytest.mark.parametrize("attn_type", ["SM", *NAMES])
+def test_a_cache_changes_nothing(attn_type):
+    model = tiny(attn_type)
+    prompts = [torch.arange(n) for n in (2, 5, 1)]
+    drawn = torch.stack(list(stream(model, prompts, 1, 9, temperature=0)), dim=1)
+    for prompt, ids in zip(prompts, drawn, strict=True):
+        for n in range(9):
+            with torch.no_grad():
+                logits = model(torch.cat((prompt, ids[:n]))[None])[0][0, -1]
+            assert ids[n] == logits.argmax()
+    assert len(drawn.unique()) > 3
+
+
+def test_its_length_is_that_of_training():
+    model = tiny("GK")
+    idx = torch.randint(31, (1, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before)
+    args = model.config.model_args()
+    assert (args["attn_decay"], args["pa_length"], args["block_size"]) == ("fixed", 16, 8)
+    again = GPT(GPTConfig(**args)).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(idx)[0], before)
+    relu = GPTConfig(attn_type="PA_relu", attn_decay="fixed", pa_length_power=0.5)
+    assert relu.pa_length == 1024 and relu.pa_length_power == 1.0  # its row sums divide, not L
+
+
+@pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
+def test_pictures_and_ranges_show_the_decaying_weights(attn_type):
+    from engine import ranges
+    from engine.runtime import Runtime
+
+    model, rt = tiny(attn_type), Runtime("cpu", "float32", False)
+    idx = torch.randint(31, (1, 16))
+    qkv = ranges.each_layer(model, idx, rt, lambda q, k: (q, k))
+    for (q, k), A in zip(qkv, ranges.attention_maps(model, idx, rt), strict=True):
+        width = torch.eye(16)[None, None]
+        columns = [
+            written_out(attn_type, q, k, width[..., c : c + 8].expand(1, 2, 16, 8), 16)
+            for c in (0, 8)
+        ]
+        torch.testing.assert_close(A[None], torch.cat(columns, -1), rtol=1e-4, atol=1e-6)
+    rows = ranges.measure(model, idx, rt)
+    if attn_type == "GK":
+        assert all(0 < row["row_max"] <= 1 for row in rows)
+
+
+def test_a_run_keeps_it_and_a_finetune_may_change_it(run_train, tmp_path):
+    def args_of(folder):
+        return torch.load(tmp_path / folder / "ckpt.pt", weights_only=True)["model_args"]
+
+    run_train("--out_dir=run", "--attn_type=GK", "--attn_decay=fixed")
+    assert args_of("run")["attn_decay"] == "fixed" and args_of("run")["pa_length"] == 16
+    run_train("--init_from=resume", "--out_dir=run")
+    assert args_of("run")["attn_decay"] == "fixed"
+    with pytest.raises(Failed, match="attn_decay=fixed"):
+        run_train("--init_from=resume", "--out_dir=run", "--attn_decay=none")
+    tune = ["--init_from=finetune", "--out_dir=run", "--save_dir=tuned", "--lora_rank=2"]
+    run_train(*tune, "--attn_decay=none")
+    assert "attn_decay" not in args_of("tuned") and "pa_length" not in args_of("tuned")
+    distill = ["--init_from=distill", "--teacher=tuned", "--out_dir=student"]
+    run_train(*distill, "--attn_type=GKpoly-4", "--attn_decay=fixed", "--block_size=8")
+    assert args_of("student")["attn_decay"] == "fixed" and args_of("student")["pa_length"] == 8
