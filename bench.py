@@ -220,7 +220,7 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
         for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
             if reason is not None or (impl == "reference" and n_weights > 2**27):
                 continue
-            attend = attention(attn_type, T, impl=impl)
+            attend = attention(attn_type, T, impl=impl, attn_decay=config.attn_decay)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
             forwards.append(measured_here(partial(torch.no_grad()(attend), q, k, v), rt))
             both_ways.append(measured_here(partial(forward_backward, attend, q, k, v, dy), rt))

@@ -8,8 +8,8 @@ Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and i
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
 transformers computes softmax attention only. It ignores the keys of config.json that name another
-one (attn_type, pa_length, pa_length_power). train.py, sample.py and evaluate.py read them, and take
-the folder as --init_from=DIR.
+one (attn_type, attn_decay, pa_length, pa_length_power). train.py, sample.py and evaluate.py read
+them, and take the folder as --init_from=DIR.
 """
 
 import json
@@ -149,8 +149,10 @@ def main() -> None:
         print(f"{config.to} has no tokenizer: {trained.no_tokenizer}", file=sys.stderr)
     state, attn_type = fold_lora(model.state_dict(), model.config), model.config.attn_type
     write_folder(Path(config.to), state, model.config, tokenizer)
+    if model.config.attn_decay != "none":
+        attn_type += " with attn_decay"
     if attn_type != "SM":
-        warning = f"transformers would compute softmax with these weights, not {attn_type}"
+        warning = f"transformers would compute plain softmax with these weights, not {attn_type}"
         advice = "use the folder with this project only, e.g.  python sample.py --init_from="
         print(f"warning: {warning}; {advice}{config.to}", file=sys.stderr)
     print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")

@@ -168,9 +168,9 @@ def attention(
     """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None) -> y.
 
     PA_f divides by block_size ** pa_length_power, where `block_size` is L, the model's length in
-    training and never that of the present input: no row depends on what follows it. With a decay,
-    L is the decay's and nothing is divided. Raises ValueError for an unknown attn_type, and when
-    called if `impl` can't run.
+    training and never that of the present input: no row depends on what follows it. A decay reads
+    the same L, and its row sums replace that divisor. Raises ValueError for an unknown attn_type,
+    and when called if `impl` can't run.
     """
     variant = parse_attn_type(attn_type)
     L = 0 if attn_decay == "none" else block_size
@@ -260,9 +260,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        L = config.pa_length or config.block_size
-        options = config.pa_length_power, config.attn_impl, config.attn_decay
-        self.attend = attention(config.attn_type, L, *options)
+        args = config.pa_length_power, config.attn_impl, config.attn_decay
+        self.attend = attention(config.attn_type, config.pa_length or config.block_size, *args)
 
     def forward(self, x, extend=None):
         B, T, C = x.size()

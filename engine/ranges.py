@@ -83,7 +83,7 @@ def row_blocks(q: Tensor, k: Tensor, config: GPTConfig) -> Iterator[tuple[Tensor
             x = scores(*block, variant.score if variant else "dot")
             causal = torch.ones(x.shape[1:], dtype=torch.bool, device=x.device).tril(i)
             if variant is None:
-                biased = x + decay.bias(x[None], x.size(-1), None, L)[0] if decays else x
+                biased = x + decay.bias(x[None], x.size(-1), None, L) if decays else x
                 A = biased.masked_fill(~causal, -math.inf).softmax(-1)
             else:
                 if variant.score == "distance":

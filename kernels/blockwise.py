@@ -368,7 +368,7 @@ REGISTERED = {}  # name -> (score, f_), since an operator takes strings but no f
 @torch.library.custom_op("pointwise::blockwise", mutates_args=())
 def blockwise_forward(
     q: Tensor, k: Tensor, v: Tensor,
-    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int = 0,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
 ) -> Tensor:  # fmt: skip
     """y (B, nh, T, hs) as defined at the top of this file."""
     y = empty_heads_last(q)
@@ -394,7 +394,7 @@ def blockwise_forward(
 @torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
 def blockwise_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int = 0,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
     dq, dk, dv = (empty_heads_last(q) for _ in range(3))

@@ -224,7 +224,6 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
 # relative to the first position of a block. On the diagonal one of them exceeds 1: at the shortest
 # reach, 2 tokens, and 128 positions by 2^92 at most, which float32 holds.
-NEGLIGIBLE = tl.constexpr(30.0)  # weights of 2^-30 and less are left out, block by block
 
 
 @triton.jit
@@ -242,8 +241,8 @@ def column_factors(cols, rate, origin):
 
 @triton.jit
 def reach_in_blocks(rate, BLOCK: tl.constexpr):
-    """The number of blocks of positions after which weights are negligible."""
-    return tl.cast(tl.ceil(NEGLIGIBLE / (rate * BLOCK)), tl.int32)
+    """The number of blocks of positions after which the decay is below 2^-30, which is nothing."""
+    return tl.cast(tl.ceil(30.0 / (rate * BLOCK)), tl.int32)
 
 
 @triton.jit

@@ -125,7 +125,16 @@ def test_other_attentions_come_back_with_a_warning_about_transformers(
         assert getattr(again.config, key) == getattr(model.config, key)
     written = json.loads((folder / "config.json").read_text())
     assert ("pa_length" in written) == (attn_type == "PA_relu")
-    assert "transformers would compute softmax" in export_again(monkeypatch, capsys)
+    assert "transformers would compute plain softmax" in export_again(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
+def test_a_decay_comes_back_too(exported, monkeypatch, capsys, attn_type):
+    model, folder = exported(attn_type=attn_type, attn_decay="fixed", pa_length=24, vocab_size=64)
+    again = GPT.from_pretrained(str(folder)).eval()
+    assert_same(logits_of(again, len(CHARS)), logits_of(model, len(CHARS)))
+    assert (again.config.attn_decay, again.config.pa_length) == ("fixed", 24)
+    assert f"not {attn_type} with attn_decay" in export_again(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("bias", [True, False])
