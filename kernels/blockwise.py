@@ -271,10 +271,6 @@ class Tiles:
         memory = self.empty(name, row.shape, self.wide).flatten(0, 1)
         return memory.zero_() if self.decay else memory
 
-    def divide_by_sums(self, t: Tensor) -> Tensor:
-        """t (B, nh, T, hs), of which with a decay row i of each head is divided by s_i."""
-        return (t / self.decay.sums).to(t.dtype) if self.decay else t
-
     def reaches(self, i: int, j: int) -> bool:
         """Whether tile (i, j) is to be computed: without a decay always, with one if any head of
         the group reaches so far. Of one sequence, heads before the first that does are left out:
@@ -388,7 +384,7 @@ def blockwise_forward(
                     add_product_(t.near(y_sums[i]), A, t.near(v_j), t.scale, beta=later)
             for y_i, y_sum in zip(y_rows, y_sums, strict=True):
                 y_i.copy_(y_sum.view(y_i.shape))
-        return t.divide_by_sums(y)
+    return y.div_(t.decay.sums) if t.decay else y
 
 
 @torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
@@ -400,7 +396,7 @@ def blockwise_backward(
     dq, dk, dv = (empty_heads_last(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout, decay_length)
-        alpha, dy = t.c * t.scale, t.divide_by_sums(dy)
+        alpha, dy = t.c * t.scale, (dy / t.decay.sums).to(q.dtype) if t.decay else dy
         for b, h in t.groups:
             q_rows, k_rows, v_rows = t.rows(q[b, h]), t.rows(k[b, h]), t.rows(v[b, h])
             dq_rows, dk_rows, dv_rows = t.rows(dq[b, h]), t.rows(dk[b, h]), t.rows(dv[b, h])

@@ -48,9 +48,9 @@ def compiled_tile(n: int | None = None, decays: bool = False) -> Callable | None
     tile.restype = None
     # $CC may hold options that change arithmetic; then the compiled tile is not trusted
     x = torch.tensor([*range(-63, 0), math.nan], dtype=torch.float32, device="cpu") / 3
-    norms = torch.zeros_like(x)
+    norms, ones = torch.zeros_like(x), torch.ones_like(x)
     expected = x.exp() if n is None else ((1 + x.double() / 2**n) ** 2**n).float()
-    no_decay = (torch.ones_like(x).data_ptr(), 64, 1) if decays else ()
+    no_decay = (ones.data_ptr(), 64, 1) if decays else ()
     pointers = x.data_ptr(), None, norms.data_ptr(), norms.data_ptr(), None, None
     tile(*pointers, 1, 1, 64, 1, 0, 1, *no_decay)
     return tile if torch.allclose(x, expected, 1e-4, equal_nan=True) else None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import Failed
-from test_blockwise import TOLERANCE, assert_close, inputs, run
+from test_blockwise import TOLERANCE, assert_close, inputs, needs_c_compiler, run
 
 from engine.generation import stream
 from kernels import blockwise, decay
@@ -103,6 +103,13 @@ def test_tiles_beyond_the_reach_of_every_head_are_not_computed(monkeypatch):
     decayed("GK", "blockwise", length=4)(q, k, v)
     assert decay.reaches(1, 4) == (2.0,)
     assert max(i - j for i, j in tiles) == 6  # the nearest pair of tiles 7 apart is 49 apart
+
+
+@needs_c_compiler
+@pytest.mark.parametrize("n", [None, 4])
+def test_tile_c_is_compiled_with_a_decay(n):
+    for _ in range(3):
+        assert blockwise.compiled_tile.__wrapped__(n, True) is not None
 
 
 def test_no_factor_overflows_however_large_the_tile():
