@@ -7,6 +7,7 @@
 
 out_dir = "out-compare-11"
 base = "train_11"
+attn_decay = "none"  # the attentions alone; "fixed" gives all of them, softmax too, the same decay
 attn_types = "SM,GK,GKpoly-4,GKpoly-8,PA_relu,PA_gelu,PA_sigmoid,PA_square,PA_relu-square"
 learning_rates = "1.5e-3,3e-3,6e-3"
 seeds = "1,2"

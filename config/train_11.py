@@ -6,6 +6,7 @@
 out_dir = "out-11"
 dataset = "pydocs"
 attn_type = "GK"
+attn_decay = "fixed"  # weights fade with distance: by exp(-1) over sqrt(block_size) = 16 tokens
 n_layer = 1
 n_head = 1
 n_embd = 128
