@@ -30,6 +30,7 @@ COMMON = [
     "--max_iters=3",
     "--warmup_iters=1",
     "--eval_interval=1",
+    "--attn_decay=none",
 ]
 
 
