@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from conftest import Failed
-from test_blockwise import TOLERANCE, assert_close, inputs, needs_c_compiler, run
+from test_blockwise import TOLERANCE, assert_close, inputs, run
+from test_compiled import needs_c_compiler
 
 from engine.generation import stream
 from kernels import blockwise, decay
