@@ -62,16 +62,13 @@ class BenchConfig(Config):
     out: str | None = None  # JSON file to write the tables to
 
 
-# ----------------------------------------------------------------------------
-# Measuring
+# ---- Measuring --------------------------------------------------------------
 
 
 def seconds_per_call(run: Callable[[], object], rt) -> float:
-    """Median seconds of the calls that fit into a turn.
-
-    The first call, which finds threads asleep and another model's numbers in the cache, counts only
-    if there is no other. Ranks make one call each: by their own clocks, their numbers would differ.
-    """
+    """Median seconds of the calls that fit into a turn. The first call, which finds threads asleep
+    and another model's numbers in the cache, counts only if there is no other. Ranks make one call
+    each: by their own clocks, their numbers would differ."""
     seconds = []
     while not seconds or (rt.world_size == 1 and sum(seconds) < TURN):
         rt.synchronize()
@@ -108,8 +105,7 @@ def interleave(measures: list[Callable], config: BenchConfig) -> list[float]:
     return [median(seconds) for seconds in zip(*rounds[config.warmup :], strict=True)]
 
 
-# ----------------------------------------------------------------------------
-# A training step
+# ---- A training step --------------------------------------------------------
 
 
 def new_model(config: BenchConfig, nanogpt=None) -> torch.nn.Module:
@@ -195,8 +191,7 @@ def profile(config: BenchConfig, rt) -> None:
         rt.print(f"timeline in {trace}; open it in https://ui.perfetto.dev")
 
 
-# ----------------------------------------------------------------------------
-# The tables
+# ---- The tables -------------------------------------------------------------
 
 
 def lengths(config: BenchConfig) -> list[int]:

@@ -28,8 +28,7 @@ from engine.generation import stream
 from kernels import blockwise, choice, cross_entropy, decay
 from kernels.choice import Device, Implementation
 
-# ----------------------------------------------------------------------------
-# Attention
+# ---- Attention --------------------------------------------------------------
 #
 # y = A v, with A[i, j] = 0 for j > i. Softmax (SM) normalises each row of A. All others have one
 # form: a score, a pointwise function of it, zeros above the diagonal, times v. With c = 1/sqrt(hs):
@@ -101,11 +100,9 @@ def scores(q: Tensor, k: Tensor, score: str) -> Tensor:
 
 
 def apply_mask(x: Tensor, visible: Tensor | None) -> Tensor:
-    """x (B, nh, t, T) with zeros where query i must not see key j.
-
-    `visible`, bool (B, 1, t, T), says which keys each query sees. None is the causal mask, where
-    the t queries belong to the last t of the T tokens.
-    """
+    """x (B, nh, t, T) with zeros where query i must not see key j. `visible`, bool (B, 1, t, T),
+    says which keys each query sees. None is the causal mask, where the t queries belong to the last
+    t of the T tokens."""
     if visible is not None:
         return x.masked_fill(~visible, 0)
     t, T = x.shape[-2:]
@@ -116,11 +113,9 @@ def pointwise_attention(
     q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor=1.0, dropout=0.0, visible=None, L=0
 ) -> Tensor:
     """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
-
     q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. L = 0 is
     without a decay. Scores and weights are at least float32, whatever autocast asks for: a distance
-    between half-precision vectors is a small difference of large numbers.
-    """
+    between half-precision vectors is a small difference of large numbers."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
         x = scores(q.to(wide), k.to(wide), variant.score)
@@ -166,12 +161,10 @@ def attention(
     attn_type: str, block_size: int, pa_length_power=1.0, impl="auto", attn_decay="none"
 ) -> Callable[..., Tensor]:
     """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None) -> y.
-
     PA_f divides by block_size ** pa_length_power, where `block_size` is L, the model's length in
     training and never that of the present input: no row depends on what follows it. A decay reads
     the same L, and its row sums replace that divisor. Raises ValueError for an unknown attn_type,
-    and when called if `impl` can't run.
-    """
+    and when called if `impl` can't run."""
     variant = parse_attn_type(attn_type)
     L = 0 if attn_decay == "none" else block_size
     if variant is None:
@@ -194,8 +187,7 @@ def attention(
     return attend
 
 
-# ----------------------------------------------------------------------------
-# The model
+# ---- The model --------------------------------------------------------------
 
 
 @dataclass
@@ -336,12 +328,10 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and the mean cross-entropy in nats.
-
-        Without `targets` (B, T; -1 is ignored) the loss is None, and the logits are those of the
-        last position alone, (B, 1, V). With targets but without `with_logits` the logits are None,
-        which saves time or memory if V is large. Raises ValueError if T > block_size.
-        """
+        """Token ids (B, T) -> logits (B, T, V) and the mean cross-entropy in nats. Without
+        `targets` (B, T; -1 is ignored) the loss is None, and the logits are those of the last
+        position alone, (B, 1, V). With targets but without `with_logits` the logits are None, which
+        saves time or memory if V is large. Raises ValueError if T > block_size."""
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")

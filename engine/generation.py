@@ -20,10 +20,8 @@ from torch.nn import functional as F
 
 class KVCache:
     """Keys and values of the tokens so far, for every layer: (n_layer, B, nh, size, hs) each.
-
     `position` is that of the next token: one int for all rows, which is faster, or a tensor (B,) if
-    prompts differ in length or a compiled step needs the same shapes every time.
-    """
+    prompts differ in length or a compiled step needs the same shapes every time."""
 
     def __init__(self, model, B: int, size: int):
         config, weight = model.config, model.lm_head.weight
@@ -36,11 +34,9 @@ class KVCache:
         self.position: int | Tensor = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add k, v (B, nh, t, hs) of the next tokens; return k, v of all tokens, and a mask.
-
-        The mask is None, unless `position` is a tensor: then t is 1, the buffers come back whole,
-        and the mask (B, 1, 1, size) says which tokens each row has.
-        """
+        """Add k, v (B, nh, t, hs) of the next tokens; return k, v of all tokens, and a mask. The
+        mask is None, unless `position` is a tensor: then t is 1, the buffers come back whole, and
+        the mask (B, 1, 1, size) says which tokens each row has."""
         all_k, all_v = self.k[layer], self.v[layer]  # (B, nh, size, hs)
         if isinstance(self.position, int):
             end = self.position + k.size(2)
@@ -97,13 +93,11 @@ def stream(
     vocab_size: int | None = None, window_stride: int | None = None,
     uniforms: Tensor | None = None, compile: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the next token ids (B,), `max_new_tokens` times, where B = len(prompts) num_samples.
-
-    A prompt is a vector of ids; its samples are neighbours in B. Temperature 0 takes the likeliest
+    """Yield the next token ids (B,), `max_new_tokens` times, where B = len(prompts) num_samples. A
+    prompt is a vector of ids; its samples are neighbours in B. Temperature 0 takes the likeliest
     token. Ids from `vocab_size` on, which pad a vocabulary, are never drawn. `window_stride` is by
     default a quarter of block_size. `uniforms` (max_new_tokens, B) in (0, 1] replace torch's random
-    numbers. `compile` compiles the step of one token. Raises ValueError for an empty prompt.
-    """
+    numbers. `compile` compiles the step of one token. Raises ValueError for an empty prompt."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     block_size, device = model.config.block_size, prompts[0].device

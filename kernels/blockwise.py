@@ -32,8 +32,7 @@ from kernels.decay import TileDecay
 
 aten = torch.ops.aten
 
-# ----------------------------------------------------------------------------
-# Pointwise functions
+# ---- Pointwise functions ----------------------------------------------------
 #
 # f_(x, g) returns f(x) and, if g is given, turns g into g f'(x). It works in place: for a tile that
 # fits the cache, fresh memory costs more than the arithmetic.
@@ -48,11 +47,9 @@ def exp_(x, g=None):
 
 def gaussian_poly_(x, g=None, *, n):
     """b^(2^n) with b = 1 + x / 2^n, and its derivative as the product b b^2 b^4 ... b^(2^(n-1)).
-
     Each squaring doubles the relative error, and b itself is rounded by 2^-25 in float32. So only
     the last 6 squarings are done on b. Those before are done on s, where b = 1 + s / 2^m, which is
-    more exact: b^2 = 1 + s' / 2^(m-1) with s' = s + s^2 / 2^(m+1), and ds'/ds = b.
-    """
+    more exact: b^2 = 1 + s' / 2^(m-1) with s' = s + s^2 / 2^(m+1), and ds'/ds = b."""
     last = min(n, 6)
     for m in range(n, last, -1):
         if g is not None:
@@ -152,8 +149,7 @@ def hand_written(name: str, f: Callable[[Tensor], Tensor]) -> Callable[..., Tens
     return f_ if torch.allclose(f_(x.clone()), f(x), rtol=1e-9, atol=0) else None
 
 
-# ----------------------------------------------------------------------------
-# Tiles
+# ---- Tiles ------------------------------------------------------------------
 
 
 def one_pass(f_: Callable, decays: bool) -> Callable | None:
@@ -162,18 +158,12 @@ def one_pass(f_: Callable, decays: bool) -> Callable | None:
     return compiled_tile(**n, decays=decays) if function in (exp_, gaussian_poly_) else None
 
 
-# ----------------------------------------------------------------------------
-# Tiles
-
-
 def tile_size(B: int, nh: int, T: int, hs: int, device: torch.device) -> tuple[int, int]:
-    """(rows = columns of a tile, heads in a tile at most).
-
-    Small tiles save arithmetic, as half of each tile on the diagonal is wasted. Many heads at once
-    save calls: a tile costs some 15 of them, of a few microseconds each. But a tile and its
-    gradient should stay in the cache: at most 2^17 elements (512 KiB in float32) per thread,
-    measured on 2 cores with 2 MiB of L2 each. On a GPU, 2^25 elements (not measured).
-    """
+    """(rows = columns of a tile, heads in a tile at most). Small tiles save arithmetic, as half of
+    each tile on the diagonal is wasted. Many heads at once save calls: a tile costs some 15 of
+    them, of a few microseconds each. But a tile and its gradient should stay in the cache: at most
+    2^17 elements (512 KiB in float32) per thread, measured on 2 cores with 2 MiB of L2 each. On a
+    GPU, 2^25 elements (not measured)."""
     if device.type != "cpu":
         size, elements = 512, 2**25
     else:
@@ -305,11 +295,9 @@ class Tiles:
     def weights(
         self, i: int, j: int, G: Tensor | None = None, G_row: Tensor = None, G_column: Tensor = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Tile (i, j) of A, dropout included, and from G = dy v^T, if given, the gradient of x.
-
-        For a distance, the sums of that gradient over columns and over rows are added to
-        G_row (N, size) and to G_column (N, parts, size); the caller adds up the parts.
-        """
+        """Tile (i, j) of A, dropout included, and from G = dy v^T, if given, the gradient of x. For
+        a distance, the sums of that gradient over columns and over rows are added to G_row (N,
+        size) and to G_column (N, parts, size); the caller adds up the parts."""
         q_i, kt, x = self.near(self.q[i]), self.near(self.kt), self.tile_memory("x", i)
         norms = tuple(map(self.near, (self.q_norm[i], self.k_norm))) if self.distance else ()
         add_norms = self.distance and not self.tile
@@ -451,12 +439,10 @@ blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 def attention(name: str, variant, divisor: float, decay_length: int = 0) -> Callable[..., Tensor]:
     """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. `decay_length` is
-    the L of the public decay; 0 is without one.
-
-    Returns a callable (q, k, v, dropout=0.0) -> y for q, k, v (B, nh, T, hs) of one dtype and any
-    strides. y has the same shape, with its heads last in memory; dropout is of weights. A later
-    call with the same name and another entry changes what the earlier callables compute.
-    """
+    the L of the public decay; 0 is without one. Returns a callable (q, k, v, dropout=0.0) -> y for
+    q, k, v (B, nh, T, hs) of one dtype and any strides. y has the same shape, with its heads last
+    in memory; dropout is of weights. A later call with the same name and another entry changes what
+    the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_
 

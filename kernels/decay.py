@@ -64,11 +64,9 @@ def bias(q: Tensor, T: int, visible: Tensor | None, L: int) -> Tensor | None:
 
 
 class TileDecay:
-    """gamma^(i - j) for tiles of `size` rows by `size` columns, for the heads of one layer.
-
-    Factors below 2^-30 in float32, or 2^-60 in float64, count as nothing: a tile that has no larger
-    one is not computed, so that a head of short reach takes linear time in T.
-    """
+    """gamma^(i - j) for tiles of `size` rows by `size` columns, for the heads of one layer. Factors
+    below 2^-30 in float32, or 2^-60 in float64, count as nothing: a tile that has no larger one is
+    not computed, so that a head of short reach takes linear time in T."""
 
     def __init__(self, nh: int, L: int, T: int, size: int, dtype: torch.dtype, device):
         self.T, self.size, self.reach = T, size, reaches(nh, L)

@@ -144,8 +144,7 @@ FORMS = {
     "PA_identity": ("dot", identity, lambda n: 1.0),
 }
 
-# ----------------------------------------------------------------------------
-# The kernels
+# ---- The kernels ------------------------------------------------------------
 #
 # Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
 # c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
@@ -156,12 +155,10 @@ FORMS = {
 
 @triton.jit
 def assigned_head(T, nh, group, stride_b, stride_h, BLOCK: tl.constexpr, HS: tl.constexpr):
-    """How many blocks of its head are longer than this program's, and where that head begins in
-    (B, nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T), in 64 bits.
-
-    Heads are taken in groups whose keys and values fit in the L2 cache together; within a group all
-    heads do their longest block first, so that the last programs to start are the shortest.
-    """
+    """How many blocks of its head are longer than this program's, and where that head begins in (B,
+    nh, T, hs) with these strides, in contiguous (B, T, nh, hs) and in (B, nh, T), in 64 bits. Heads
+    are taken in groups whose keys and values fit in the L2 cache together; within a group all heads
+    do their longest block first, so that the last programs to start are the shortest."""
     blocks = tl.cdiv(T, BLOCK)
     pid = tl.program_id(0)
     first_head = pid // (group * blocks) * group
@@ -429,8 +426,7 @@ def dkv_kernel(
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
-# ----------------------------------------------------------------------------
-# Block sizes
+# ---- Block sizes ------------------------------------------------------------
 
 
 class Blocks(NamedTuple):
@@ -499,8 +495,7 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
     return blocks
 
 
-# ----------------------------------------------------------------------------
-# The entry
+# ---- The entry --------------------------------------------------------------
 
 MAX_HEAD_SIZE = 256
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
@@ -551,13 +546,11 @@ def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, decay_length: int = 0
 ) -> Tensor:
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
-
     y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
     (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
     different strides are copied first. Differentiable once, and the same bit for bit in every run.
     `decay_length` is the L of a public decay; 0 is without one. Raises ValueError where `refusal`
-    has a reason.
-    """
+    has a reason."""
     return _forward(q, k, v, name, float(divisor), decay_length)[0]
 
 
@@ -667,8 +660,7 @@ def _gradients(ctx, dy, *_):
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-# ----------------------------------------------------------------------------
-# Autotuning, on request
+# ---- Autotuning, on request -------------------------------------------------
 
 CANDIDATES = [
     Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
