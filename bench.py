@@ -46,19 +46,19 @@ TURN = 0.1  # seconds for which one function is timed before it is another one's
 @dataclass
 class BenchConfig(Config):
     # Benchmark (the keys above are those of train.py; by default the model is GPT-2 124M)
-    gradient_accumulation_steps: int = 1  # micro-steps per step
-    vocab_size: int = 50304  # vocabulary of the random tokens; real data bring their own
-    real_data: bool = False  # train on batches of --dataset instead of random tokens
-    warmup: int = 3  # rounds of measurement that do not count
-    steps: int = 10  # rounds of measurement that count
-    profile: bool = False  # print the costliest operations and write OUT_DIR/trace.json
-    nanogpt: str | None = None  # clone of nanoGPT to measure as well (its code is run)
+    gradient_accumulation_steps: int = 1  # Micro-steps per step
+    vocab_size: int = 50304  # Vocabulary of the random tokens; real data bring their own
+    real_data: bool = False  # Train on batches of --dataset instead of random tokens
+    warmup: int = 3  # Rounds of measurement that do not count
+    steps: int = 10  # Rounds of measurement that count
+    profile: bool = False  # Print the costliest operations and write OUT_DIR/trace.json
+    nanogpt: str | None = None  # Clone of nanoGPT to measure as well (its code is run)
     table: str = "step"  # step (this configuration), attention, types, lengths, sampling, or all
-    max_new_tokens: int = 200  # tokens of a text, in the table of sampling
-    num_samples: int = 10  # texts drawn at a time, in the table of sampling
-    attn_types: str | None = None  # attentions in the tables, e.g. SM,GK,PA_relu; auto: every one
-    min_T: int = 256  # shortest sequence in the tables; lengths go up by factors of 4
-    max_T: int = 16384  # longest sequence in the tables
+    max_new_tokens: int = 200  # Tokens of a text, in the table of sampling
+    num_samples: int = 10  # Texts drawn at a time, in the table of sampling
+    attn_types: str | None = None  # Attentions in the tables, e.g. SM,GK,PA_relu; auto: every one
+    min_T: int = 256  # Shortest sequence in the tables; lengths go up by factors of 4
+    max_T: int = 16384  # Longest sequence in the tables
     out: str | None = None  # JSON file to write the tables to
 
 

@@ -44,12 +44,12 @@ from train import Config
 @dataclass
 class CompareConfig(Config):
     # Comparison (the keys above hold for every run; attn_type, learning_rate and seed are lists)
-    out_dir: str = "out-compare"  # folder of the comparison
-    base: str = "train_11"  # config file of the runs; keys that are given override it
-    attn_types: str = "SM,GK"  # attentions to compare with SM, or with the first if SM is missing
-    learning_rates: str = "1e-3,3e-3,1e-2"  # peak rates to try for each attention
-    seeds: str = "1,2"  # seeds to train each attention and learning rate with
-    jobs: int | None = None  # runs at a time; auto: one for each GPU, 1 on a CPU
+    out_dir: str = "out-compare"  # Folder of the comparison
+    base: str = "train_11"  # Config file of the runs; keys that are given override it
+    attn_types: str = "SM,GK"  # Attentions to compare with SM, or with the first if SM is missing
+    learning_rates: str = "1e-3,3e-3,1e-2"  # Peak rates to try for each attention
+    seeds: str = "1,2"  # Seeds to train each attention and learning rate with
+    jobs: int | None = None  # Runs at a time; auto: one for each GPU, 1 on a CPU
 
 
 # Keys that cannot change the results of a run, so that it is not trained again for their sake
