@@ -1,6 +1,7 @@
 """GPT-2 in the format of transformers: its config and weights under this project's names."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ ATTENTION_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+NOWHERE = (
+    "there is no such folder, none are in the hub's cache (HF_HOME, by default "
+    "~/.cache/huggingface), and they can't be downloaded"
+)
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> ours
 
 
@@ -24,25 +29,23 @@ def read_gpt2(
     GPTConfig. `overrides` are those of its arguments that take precedence over config.json, and
     `pa_length` counts if neither has one. Raises OSError if the model can be had nowhere,
     ValueError if it is damaged or not a GPT-2 as model.py has it."""
-    from transformers import AutoConfig, GPT2LMHeadModel
-
     if fixed := sorted(overrides.keys() & {*SIZES, "block_size", "bias"}):
         raise ValueError(f"{', '.join(fixed)} can't be overridden in {name}")
     is_folder = Path(name).is_dir()
+    # Without the hub, its cache may have the model
+    options = {"local_files_only": is_folder or not reachable(HUB)}
+    if options["local_files_only"] and not (is_folder or is_cached(name)):
+        raise OSError(f"no weights for {name!r}: {NOWHERE}")  # before transformers is imported
+    from transformers import AutoConfig, GPT2LMHeadModel
+
     try:
-        # Without the hub, its cache may have the model
-        options = {"local_files_only": is_folder or not reachable(HUB)}
         hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
         hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)
     except OSError as error:
         if is_folder:
             raise ValueError(f"{name!r} is not a whole model: {error}") from error
-        raise OSError(
-            f"no weights for {name!r}: there is no such folder, none are in the hub's cache "
-            "(HF_HOME, by default ~/.cache/huggingface), and they can't be downloaded "
-            f"({type(error).__name__})"
-        ) from error
+        raise OSError(f"no weights for {name!r}: {NOWHERE} ({type(error).__name__})") from error
     except ValueError:
         raise
     except Exception as error:  # of safetensors, torch or transformers, for damaged files
@@ -56,6 +59,15 @@ def read_gpt2(
             "layer is the matrix of the token embeddings, as in GPT-2, fit"
         )
     return config, {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
+
+
+def is_cached(name: str) -> bool:
+    """Whether the hub's cache on this machine has the config of model `name`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(ValueError):  # no name of a model
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return False
 
 
 def config_args(hf_config: Any, name: str) -> dict:
