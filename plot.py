@@ -213,7 +213,6 @@ def main() -> None:
     # The report of a comparison shows its pictures
     to = Path(options.pop("to", names[0] if command == "compare" else "."))
     try:
-        to.mkdir(parents=True, exist_ok=True)
         COMMANDS[command](names, to, **options)
     except ImportError as error:
         raise UserError(f"{error}; pip install matplotlib") from error

@@ -57,6 +57,7 @@ def save_figure(figure, folder: Path, name: str) -> None:
     """Write NAME.png and NAME.svg into the folder."""
     import matplotlib.pyplot as plt
 
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=120, bbox_inches="tight")
     plt.close(figure)
