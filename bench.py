@@ -5,14 +5,14 @@ Speed: of a training step (the very step of train.py), of attention alone, and o
     python bench.py config/train_11.py --real_data                   # on its own data
     python bench.py config/train_gpt2.py --attn_type=PA_relu --profile
     python bench.py --table=attention --out=bench.json               # one table
-    python bench.py --table=all --out=bench.json                     # all four tables
+    python bench.py --table=all --out=bench.json                     # the four tables
     python bench.py --nanogpt=DIR --attn_type=SM                     # beside a clone of nanoGPT
 
 Tables: `attention` times attention alone, each implementation of every attn_type against T; `types`
 a training step for every attn_type; `lengths` the step against T, at a constant number of tokens;
 `sampling` the drawing of text for every attn_type, one text and several at a time. The rows of a
 table are measured in turn, round by round, so that their ratios are reliable. Times are medians.
-nanoGPT runs in a process of its own, without the settings that this project makes for its process.
+nanoGPT runs in its own process, without this project's process settings.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ that is printed, and eval.json in out_dir, have these numbers:
     last_word_accuracy    share of passages of which every token of the last word is the likeliest
     last_word_perplexity  exp(mean over passages of the last word's -ln p)
 
-The last two are of passages, as in LAMBADA, which have no word_perplexity and bits_per_byte.
+The last two apply only to data sets of passages, such as LAMBADA, which lack the two before them.
 """
 
 import sys

@@ -31,7 +31,8 @@ from kernels.choice import Device, Implementation
 # ---- Attention --------------------------------------------------------------
 #
 # y = A v, with A[i, j] = 0 for j > i. Softmax (SM) normalises each row of A. All others have one
-# form: a score, a pointwise function of it, zeros above the diagonal, times v. With c = 1/sqrt(hs):
+# form: a score, a pointwise function of it, zeros above the diagonal, times v. An attn_decay
+# weakens A by constants that depend on i - j (kernels/decay.py). With c = 1/sqrt(hs):
 #
 #     score 'dot'        x[i, j] = c q_i . k_j
 #     score 'distance'   x[i, j] = -c/2 |q_i - k_j|^2      (never positive)

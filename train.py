@@ -9,13 +9,13 @@ Train a GPT with any attention, in one process or under torchrun.
     python train.py --init_from=distill --teacher=OUT --attn_type=GK    # match its attention first
     python train.py eval_gpt2                                     # evaluate only
 
-On several nodes, run this on each of them, HOST being the address of one. If a rank dies, torchrun
+On several nodes, run this on every node; HOST is the address of one node. If a rank dies, torchrun
 restarts all, and the run goes on from its last checkpoint, whatever init_from says:
 
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d \\
         --rdzv-endpoint=HOST:29500 --rdzv-id=NAME train.py config/train_gpt2.py
 
-SIGTERM and Ctrl-C end the run after the present step or evaluation: it saves a checkpoint, and its
+SIGTERM and Ctrl-C end the run after the current step or evaluation: it saves a checkpoint, and its
 exit code is 143 or 130.
 """
 
@@ -45,7 +45,7 @@ class Config:
     # Run
     out_dir: str = "out"  # Folder of the run: checkpoints, log.csv, config.json, pictures
     save_dir: str | None = None  # Folder of a finetune; auto: OUT_DIR-finetune-ATTN_TYPE
-    init_from: str = "scratch"  # scratch, resume, finetune, distill, or gpt2[-medium|...], a folder
+    init_from: str = "scratch"  # scratch, resume, finetune, distill, a GPT-2 name or a folder
     eval_only: bool = False  # Evaluate once and stop
     datasets: str | None = None  # With eval_only: data sets to score token by token, as in a,b,c
     eval_stride: int | None = None  # With datasets: tokens between windows; auto: block_size / 2
@@ -54,7 +54,7 @@ class Config:
     log_interval: int = 1  # Steps between rows of the log
     always_save_checkpoint: bool = True  # False saves only when val loss improves, and at the end
     seed: int = 1337  # Seed of weights, batches and dropout
-    allow_mismatch: bool = False  # Resume in spite of other data, schedule or batches
+    allow_mismatch: bool = False  # Resume even though data, schedule or batches changed
     skip_nonfinite: int = 0  # Steps with a non-finite loss or gradient to skip before stopping
     stats_interval: int = 0  # Steps between rows of stats.csv (range of scores); 0 writes none
     stats_tolerance: float = 1e-2  # Error against exp for which the log suggests n of GKpoly-n
@@ -88,11 +88,11 @@ class Config:
     lora_targets: str = "attn.c_attn,attn.c_proj"  # Layers with adapters; mlp.c_fc, mlp.c_proj too
 
     # Conversion (init_from=distill): match the teacher's attention, then train the whole model
-    teacher: str | None = None  # Teacher: folder of a run, gpt2[-medium|-large|-xl], folder or name
+    teacher: str | None = None  # Teacher: a run's folder, a GPT-2 name, or an exported folder
     distill_iters: int | None = None  # Steps of matching, before the rest; auto: max_iters / 2
 
     # Optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the matrices of the blocks only
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for block matrices; AdamW for the rest
     learning_rate: float = 6e-4  # Peak learning rate, reached after the warm-up
     max_iters: int = 600000  # Steps in all, that is, updates of the weights
     weight_decay: float = 1e-1  # Weight decay of matrices and embeddings
@@ -233,7 +233,7 @@ def loop(
         state = ckpt.resume(run.checkpoint, run.source, optimizer, scaler, rt)
         step, best_val_loss, evaluated = state
     folder, base = run_folder.prepare(run, rt)
-    run.checkpoint = run.teacher = None  # the loop needs their memory
+    run.checkpoint = run.teacher = None  # free their memory
     log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
     saver = ckpt.Saver(folder, log.say, step if resumes else None)
 
@@ -246,7 +246,8 @@ def loop(
 
     batches = Batches(load, rt.share(config.gradient_accumulation_steps), step, config.max_iters)
     if step >= config.max_iters and step == evaluated:
-        log.say(f"{step} steps are done already; pass a larger --max_iters to go on")
+        keep = f" and --lr_decay_iters={start.schedule(config)[0]}" if config.decay_lr else ""
+        log.say(f"{step} steps are done already; pass a larger --max_iters{keep} to go on")
     row, seconds, logged, skipped = {}, 0.0, step, 0  # since the row of step `logged`
     while True:
         stop = interrupt.poll(rt)  # the exit code that a signal to any rank asks for, or 0

@@ -6,7 +6,7 @@
 out_dir = "out-11"
 dataset = "pydocs"
 attn_type = "GK"
-attn_decay = "fixed"  # weights fade with distance: by exp(-1) over sqrt(block_size) = 16 tokens
+attn_decay = "fixed"  # weights fade with distance, see docs/results.md; "none" is the plain GK
 n_layer = 1
 n_head = 1
 n_embd = 128
@@ -16,7 +16,7 @@ bias = True
 batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 2000
-learning_rate = 3e-3  # all weights of GK start near 1: large steps make them selective
+learning_rate = 3e-3  # small models tolerate large steps
 min_lr = 3e-4
 warmup_iters = 100
 beta2 = 0.99

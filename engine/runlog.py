@@ -74,14 +74,16 @@ class RunLog:
             return
         row["seconds"] = self.seconds = self.seconds + row.pop("window_seconds", 0.0)
         self.table.write([row])
-        step, loss = row["step"], row.get("distill_loss", row.get("train_loss"))
+        step, matches = row["step"], "distill_loss" in row
+        loss = row["distill_loss"] if matches else row.get("train_loss")
+        name = "distill loss" if matches else "loss"
         self._track("log", {k: v for k, v in row.items() if v is not None}, step)
         if "step_ms" in row and self.bar.disable:
             mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
             rates = f"{row['step_ms']:.1f} ms/step, {row['tokens_per_s']:,.0f} tokens/s, mfu {mfu}"
-            say(f"step {step}: loss {loss:.4f}, {rates}")
+            say(f"step {step}: {name} {loss:.4f}, {rates}")
         elif "step_ms" in row:
-            progress = f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s"
+            progress = f"{name} {loss:.3f}, {row['tokens_per_s']:,.0f} tok/s"
             self.bar.set_postfix_str(progress, refresh=False)
             self.bar.update(step - self.bar.n)
         if "val_loss" in row:

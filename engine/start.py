@@ -64,7 +64,7 @@ class Start:
     data: Dataset | None  # None if other data sets are to be evaluated
     fingerprint: dict | None  # SHA-256 of the data
     checkpoint: dict | None  # the one at `source`; without tensors on other ranks
-    teacher: GPT | None  # whose attention the model's is still to be matched with
+    teacher: GPT | None  # that the model's attention is still to be matched with
 
 
 def begin(config_class: type, given: dict, rt: Runtime) -> Start:
@@ -169,6 +169,8 @@ def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
     for key, other in NEEDS.items():
         if given.get(key) is not None and not getattr(config, other):
             raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
+    if given.get("pa_length_power", 1.0) != 1.0 and config.attn_decay != "none":
+        raise UserError("pa_length_power does nothing with --attn_decay; leave one of them out")
     if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
         check_trajectory(config_class(**saved), config, path)
     return config, checkpoint, path
@@ -228,7 +230,7 @@ def check_trajectory(old, new, path: Path) -> None:
         raise UserError(f"{'; '.join(repairs)}; or pass --allow_mismatch=True")
 
 
-# ---- What the settings come to ----------------------------------------------
+# ---- Derived settings -------------------------------------------------------
 
 
 def schedule(config) -> tuple[int, float]:
