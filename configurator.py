@@ -65,6 +65,9 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has gone, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: {error.filename} can't be used: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(Config: type, argv: list[str]) -> dict:

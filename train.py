@@ -320,6 +320,7 @@ def loop(
         name = "distill_loss" if trainee.matching else "train_loss"
         row = {name: loss, "grad_norm": norm, "lr": lr}
 
+    stop = stop or interrupt.poll(rt)  # during the last evaluation
     if stop:
         resume = f"--init_from=resume --out_dir={os.path.relpath(folder)}"
         log.say(f"stopped at step {step}; go on with  {resume}")

@@ -70,7 +70,7 @@ class Start:
 def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     """Everything that init_from and the other keys in `given` ask for. Raises UserError if it can't
     be had, or does not go together."""
-    given = after_restart(config_class(**given), given, rt)
+    given = after_restart(config_class, given, rt)
     config, checkpoint, path = read_config(config_class, given, rt)
     data = None if config.datasets else open_data(config, rt)
     if data and rt.world_size > 1:
@@ -121,22 +121,17 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
 # ---- Settings ---------------------------------------------------------------
 
 
-def after_restart(config, given: dict, rt: Runtime) -> dict:
+def after_restart(config_class: type, given: dict, rt: Runtime) -> dict:
     """`given`, or what resumes the run that torchrun has started again, whatever init_from was."""
     (restarts,) = rt.sum([float(rt.restarts)])  # nodes may have counted differently
     if not restarts:
         return given
-
-    folders = [Path(config.save_dir or config.out_dir)]
-    if config.init_from == "finetune" and not config.save_dir:
-        source = Path(config.out_dir).absolute()  # for whose attn_type the folder may be named
-        folders = source.parent.glob(f"{source.name}-finetune-*")
-    first = lambda: next((str(f) for f in folders if saved_by_this_launch(f, rt)), None)
-    folder = rt.from_main(first)
-    if folder is None:
+    # The folder of a finetune may be named for the attn_type of the run that it starts from
+    folder = run_folder(read_config(config_class, given, rt)[0])
+    if not rt.from_main(lambda: saved_by_this_launch(folder, rt)):
         return given
     rt.print(f"restarted: going on with {os.path.relpath(folder)}")
-    return {**given, "init_from": "resume", "out_dir": folder, "save_dir": None}
+    return {**given, "init_from": "resume", "out_dir": str(folder), "save_dir": None}
 
 
 def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
