@@ -146,8 +146,6 @@ def value_of_text(Config: type, key: str, text: str, source: str) -> object:
             value = int(text)
         elif float in allowed:
             value = float(text)
-    if key.endswith("_dir") or key in ("init_from", "teacher", "to", "out"):
-        value = os.path.expanduser(text)  # bash leaves the ~ of --key=~/folder alone
     return convert(Config, key, value, source)
 
 
@@ -157,6 +155,9 @@ def convert(Config: type, key: str, value: object, source: str) -> object:
     allowed = allowed_values(Config, key, source)
     if float in allowed and type(value) is int:
         value = float(value)
+    is_path = key.endswith("_dir") or key in ("init_from", "teacher", "to", "out")
+    if is_path and type(value) is str:
+        value = os.path.expanduser(value)  # bash leaves the ~ of --key=~/folder alone
     is_number = type(value) is not float or math.isfinite(value)
     if type(value) in allowed and is_number or type(value) is str and value in allowed:
         return value

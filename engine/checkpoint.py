@@ -199,6 +199,9 @@ def load(path: Path) -> dict:
     `normalise`), its state dict checked against model_args. Raises UserError if the file is
     missing, can't be read, holds anything but plain data and tensors, or contradicts itself;
     Damaged if it is."""
+    if path.parent.is_file():
+        folder = path.parent.parent
+        raise UserError(f"{path.parent} is a file, but a run is a folder; pass --out_dir={folder}")
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: train one first, or point --out_dir at its folder")
     try:
