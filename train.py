@@ -74,7 +74,7 @@ class Config:
     # Model
     attn_type: str = "SM"  # Attention: one of {ATTN_TYPES}
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
-    attn_decay: Literal["none", "fixed"] = "none"  # fixed: weights fade with distance, per head
+    attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     n_layer: int = 12  # Number of blocks
     n_head: int = 12  # Heads per block

@@ -17,8 +17,8 @@ Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formul
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -219,8 +219,7 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
-# relative to the first position of a block. On the diagonal one of them exceeds 1: at the shortest
-# reach, 2 tokens, and 128 positions by 2^92 at most, which float32 holds.
+# relative to a position between them, so that neither exceeds 1. On the diagonal there is none.
 
 
 @triton.jit
@@ -234,6 +233,14 @@ def row_factors(S, rows, T, rate, origin):
 def column_factors(cols, rate, origin):
     """2^(rate (j - origin)) for these columns j."""
     return tl.exp2(rate * (cols - origin).to(tl.float32))
+
+
+@triton.jit
+def diagonal_factors(S, rows, cols, T, rate):
+    """2^(-rate (i - j)) / s_i of a tile, from rows and columns that broadcast to it. For j > i the
+    result, perhaps infinite, is not to be used."""
+    s = tl.load(S + rows, rows < T, other=1.0)
+    return tl.exp2(rate * (cols - rows).to(tl.float32)) / s
 
 
 @triton.jit
@@ -295,7 +302,9 @@ def forward_kernel(
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            if DECAY:
+            if DECAY and DIAGONAL:
+                A *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
+            elif DECAY:
                 A *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
@@ -340,7 +349,9 @@ def dq_kernel(
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             _, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             G = slope * tl.dot(dy, tl.trans(v), input_precision="ieee")
-            if DECAY:
+            if DECAY and DIAGONAL:
+                G *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
+            elif DECAY:
                 G *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
@@ -384,7 +395,7 @@ def dkv_kernel(
     farthest = T  # the rows from here on are beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
-        column_factor = column_factors(cols, rate, first_col)
+        column_factor = column_factors(cols, rate, first_col + BLOCK_N)
         farthest = first_col + (1 + reach_in_blocks(rate, BLOCK_N)) * BLOCK_N
         farthest = tl.minimum(farthest, T)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -401,8 +412,11 @@ def dkv_kernel(
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
             G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
             if DECAY:
-                row_factor = row_factors(S, rows, T, rate, first_col)
-                factor = column_factor[:, None] * row_factor[None, :]
+                if BELOW:
+                    row_factor = row_factors(S, rows, T, rate, first_col + BLOCK_N)
+                    factor = column_factor[:, None] * row_factor[None, :]
+                else:
+                    factor = diagonal_factors(S, rows[None, :], cols[:, None], T, rate)
                 A *= factor
                 G *= factor
             if RAGGED:
@@ -543,15 +557,20 @@ def refusal(
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, decay_length: int = 0
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None
 ) -> Tensor:
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
     y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
     (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
     different strides are copied first. Differentiable once, and the same bit for bit in every run.
-    `decay_length` is the L of a public decay; 0 is without one. Raises ValueError where `refusal`
-    has a reason."""
-    return _forward(q, k, v, name, float(divisor), decay_length)[0]
+    `reach`, (nh,), is that of a public decay, as constants. Raises ValueError where `refusal` has a
+    reason."""
+    return _forward(q, k, v, name, float(divisor), *_decay(reach, q))[0]
+
+
+def attention(name: str, divisor: float) -> Callable[..., Tensor]:
+    """`triton_attention` as a callable (q, k, v, dropout, reach) -> y; dropout has to be 0."""
+    return lambda q, k, v, dropout, reach: triton_attention(q, k, v, name, divisor, reach)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
@@ -574,17 +593,18 @@ def _norms(q: Tensor, name: str) -> Tensor:
     return q.new_empty(shape, dtype=torch.float32)
 
 
-@lru_cache(maxsize=16)
-def _decay(nh: int, T: int, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the kernels read of a decay: log2(e) / r (nh,) and s_i (nh, T), in float32."""
-    reach = torch.tensor(decay.reaches(nh, L), dtype=torch.float64)
-    sums = decay.row_sums(reach[:, None], torch.arange(T))
-    return (math.log2(math.e) / reach).float().to(device), sums.float().to(device)
+    if reach is None:
+        return None, None
+    sums = decay.row_sums(reach[:, None], torch.arange(q.size(2), device=reach.device))
+    return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
 
 
 def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float, decay_length: int
-) -> None:
+    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    rates: Tensor | None, sums: Tensor | None,
+) -> None:  # fmt: skip
     """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
     q = tensors[0]
     score, f, unit, n = parse(name)
@@ -594,18 +614,19 @@ def _launch(
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
     ragged = {"RAGGED": T % blocks.BLOCK_M != 0} if kernel == "dkv" else {}
     # Without a decay its pointers are not followed
-    of_decay = _decay(nh, T, decay_length, q.device) if decay_length else tensors[-2:]
+    of_decay = tensors[-2:] if rates is None else (rates, sums)
     KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
         *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", DECAY=decay_length > 0, HS=hs,
+        f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
         BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **ragged,
     )  # fmt: skip
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, decay_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
+    rates: Tensor | None, sums: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, name)
     q, k, v = _one_set_of_strides(q, k, v)
@@ -618,12 +639,12 @@ def _forward(
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, decay_length)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, sums)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, decay_length):
+def _(q, k, v, name, divisor, rates, sums):
     _check(q, k, v, name)
     return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
@@ -631,30 +652,31 @@ def _(q, k, v, name, divisor, decay_length):
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, decay_length: int,
+    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     with torch.cuda.device_of(q):
-        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, decay_length)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor, decay_length)
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor, rates, sums)
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, decay_length):
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums):
     return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.formula = inputs
-    ctx.save_for_backward(q, k, v, *output[1:])
+    q, k, v, *ctx.formula, rates, sums = inputs
+    ctx.save_for_backward(q, k, v, *output[1:], rates, sums)
 
 
 def _gradients(ctx, dy, *_):
-    return *_backward(dy, *ctx.saved_tensors, *ctx.formula), None, None, None
+    *tensors, rates, sums = ctx.saved_tensors
+    return *_backward(dy, *tensors, *ctx.formula, rates, sums), *[None] * 4
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -675,9 +697,9 @@ def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
     """Time every candidate on these inputs, and use the fastest for their head size until the
     process ends. Returns them by kernel. It takes minutes, most of them to compile."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = _forward(q, k, v, name, 1.0, 0)
-    forward = lambda: _forward(q, k, v, name, 1.0, 0)
-    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, 0)
+    y, *norms = _forward(q, k, v, name, 1.0, None, None)
+    forward = lambda: _forward(q, k, v, name, 1.0, None, None)
+    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None)
     fastest = {}
     for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
         key, times = (kernel, max(64, padded(q.size(-1)))), {}
