@@ -159,7 +159,7 @@ def lists_of_values(given: dict, config: CompareConfig) -> dict[str, list]:
     values = {}
     for key, text in texts.items():
         parts = [part.strip() for part in text.split(",")]
-        value_of = partial(configurator.value_of_text, Config, key, option=options[key])
+        value_of = partial(configurator.value_of_text, Config, key, source=options[key])
         values[key] = [value_of(text=part) for part in parts]
         if len(set(values[key])) < len(parts):
             raise UserError(f"{options[key]} has a value twice; leave one of them out")

@@ -3,7 +3,7 @@
 # on 2 CPU cores; the same command goes on where it was stopped.
 #
 #   python compare.py config/compare_6.py
-#   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-compare-6-shakespeare
+#   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6
 # The loss against the depth, at one width:
 #   python compare.py config/compare_6.py --vary="n_layer=1,2,4,6,12" --attn_types=SM,GK \
 #       --attn_decay=fixed --n_head=4 --n_embd=128 --block_size=128 --batch_size=16 \
