@@ -67,13 +67,13 @@ DIVERGED = "diverged.txt"  # in the folder of a diverged run: the error message 
 
 @dataclass
 class Trial:
-    """One run of train.py: the keys passed to it, its whole config, those of its values that --vary
-    lists, and the SHA-256 of its data."""
+    """One run of train.py: the keys passed to it, its whole config, the SHA-256 of its data, and
+    those of its values that --vary lists."""
 
     settings: dict
     config: Config
-    varied: dict = field(default_factory=dict)
     data: dict | None = None
+    varied: dict = field(default_factory=dict)
 
     def __post_init__(self):
         c = self.config
@@ -181,7 +181,7 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
         name = "-".join(map(str, (chosen["attn_type"], *varied.values())))
         name += f"-lr{chosen['learning_rate']:g}-seed{chosen['seed']}"
         settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
-        trials.append(Trial(settings, Config(**settings), varied))
+        trials.append(Trial(settings, Config(**settings), varied=varied))
         check(trials[-1].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
