@@ -51,7 +51,7 @@ class CompareConfig(Config):
     attn_types: str = "SM,GK"  # Attentions to compare with SM, or with the first if SM is missing
     learning_rates: str = "1e-3,3e-3,1e-2"  # Peak rates to try for each attention
     seeds: str = "1,2"  # Seeds to train each attention and learning rate with
-    vary: str = ""  # Lists of values of other keys to try too: "n_layer=1,2,4 optimizer=adamw,muon"
+    vary: str = ""  # Lists of values of other keys, in place of one: "n_layer=1,2 bias=True,False"
     jobs: int | None = None  # Runs at a time; auto: one for each GPU, 1 on a CPU
 
 
@@ -148,12 +148,12 @@ def lists_of_values(given: dict, config: CompareConfig) -> dict[str, list]:
     options = {key: f"--{key}s={text}" for key, text in texts.items()}
     for key in texts:
         if key in given:
-            raise UserError(f"{key} is set by a list here; pass {options[key]}")
+            raise UserError(f"{key} is set by a list here; pass --{key}s={given[key]}")
     for part in config.vary.split():
         key, _, text = part.partition("=")
         option = f"--vary={config.vary}"
-        if key in texts or key in given or key not in Config.__annotations__ or not text:
-            problem = f"{option} is not a list of KEY=VALUE,VALUE with keys that nothing else sets"
+        if key in texts or key not in Config.__annotations__ or not text:
+            problem = f"{option} does not consist of KEY=VALUE,VALUE with other keys of train.py"
             raise UserError(f'{problem}; pass for instance --vary="n_layer=1,2 dropout=0.0,0.1"')
         texts[key], options[key] = text, option
     values = {}
