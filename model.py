@@ -191,8 +191,6 @@ def attention(
             from kernels import triton_kernels
 
             fast = triton_kernels.attention(attn_type, divisor)
-        if reach is not None and reach.requires_grad:
-            fast = decay.with_gradient_of_reach(fast)
         return fast(q, k, v, dropout, reach)
 
     return attend

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.compiled import PART, compiled_tile
-from kernels.decay import TileDecay
+from kernels.decay import TileDecay, with_gradient_of_reach
 
 aten = torch.ops.aten
 
@@ -441,15 +441,19 @@ blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. Returns a callable
     (q, k, v, dropout=0.0, reach=None) -> y for q, k, v (B, nh, T, hs) of one dtype and any strides,
-    and with a public decay the reach of each head, (nh,), as constants. y has the shape of q, with
-    its heads last in memory; dropout is of weights. A later call with the same name and another
-    entry changes what the earlier callables compute."""
+    and with a public decay the reach of each head, (nh,). y has the shape of q, with its heads last
+    in memory; dropout is of weights. A later call with the same name and another entry changes what
+    the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, reach=None) -> Tensor:
+    def by_tiles(q: Tensor, k: Tensor, v: Tensor, dropout: float, reach: Tensor | None) -> Tensor:
         # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it
         seed = torch.randint(2**62, (), device="cpu") if dropout else None
         return blockwise_forward(q, k, v, seed, name, divisor, dropout, reach)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, reach=None) -> Tensor:
+        learned = reach is not None and reach.requires_grad
+        return (with_gradient_of_reach(by_tiles) if learned else by_tiles)(q, k, v, dropout, reach)
 
     return attend

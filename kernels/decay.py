@@ -68,7 +68,8 @@ def with_gradient_of_reach(attend: Callable[..., Tensor]) -> Callable[..., Tenso
 
         y_i = (g / g0)^i s0_i / s_i  sum_j f(x_ij) g0^(i - j) / s0_i  (g0 / g)^j v_j
 
-    The factors of v and of y are exactly 1, and their gradients are those of gamma."""
+    The factors of v and of y are exactly 1, and their gradients are those of gamma: differences of
+    sums T / r times as large, which half precision is too coarse for."""
 
     def differentiable(q, k, v, dropout, reach):
         j = torch.arange(v.size(2), device=reach.device)[:, None]  # (T, 1)

@@ -315,13 +315,17 @@ def forward_kernel(
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, dY, dQ, Q_norm, K_norm, Rates, S,
+    Q, K, V, dY, dQ, Q_norm, K_norm, Moments, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
-    distance's, and adds up G as rounded for the first, so that what should cancel does."""
+    distance's, and adds up G as rounded for the first, so that what should cancel does.
+
+    LEARNED asks for sum_j P_ij and sum_j P_ij (i - j) too, with P_ij = A_ij dy_i . v_j, from which
+    the gradient of the decay follows."""
     rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
     Q, K, V, dY, dQ = Q + start, K + start, V + start, dY + y_start, dQ + y_start
     Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
@@ -339,6 +343,8 @@ def dq_kernel(
         nearest = tl.maximum(first_row - reach_in_blocks(rate, BLOCK_M) * BLOCK_M, 0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    P_sum = tl.zeros((BLOCK_M,), tl.float32)
+    P_moment = tl.zeros((BLOCK_M,), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else nearest
         end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
@@ -347,12 +353,19 @@ def dq_kernel(
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            _, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            G = slope * tl.dot(dy, tl.trans(v), input_precision="ieee")
+            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
             if DECAY and DIAGONAL:
-                G *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
+                dA *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
             elif DECAY:
-                G *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+                dA *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+            if LEARNED:
+                P = A * dA
+                if DIAGONAL:
+                    P = tl.where(rows[:, None] >= cols[None, :], P, 0.0)
+                P_sum += tl.sum(P, axis=1)
+                P_moment += tl.sum(P * (rows[:, None] - cols[None, :]), axis=1)
+            G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
             G = G.to(k.dtype)
@@ -365,6 +378,10 @@ def dq_kernel(
         tl.debug_barrier()
         q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
         dq -= row_sum[:, None] * q.to(tl.float32)
+    if LEARNED:
+        Moments += 2 * (norm_start + rows)
+        tl.store(Moments, P_sum, rows < T)
+        tl.store(Moments + 1, P_moment, rows < T)
     store_rows(dQ, first_row, T, nh * HS, dq * (c / divisor), BLOCK_M, HS, BLOCK_D)
 
 
@@ -563,8 +580,8 @@ def triton_attention(
     y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
     (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
     different strides are copied first. Differentiable once, and the same bit for bit in every run.
-    `reach`, (nh,), is that of a public decay, as constants. Raises ValueError where `refusal` has a
-    reason."""
+    `reach`, (nh,), is that of a public decay; if it requires a gradient, it gets one. Raises
+    ValueError where `refusal` has a reason."""
     return _forward(q, k, v, name, float(divisor), *_decay(reach, q))[0]
 
 
@@ -593,6 +610,10 @@ def _norms(q: Tensor, name: str) -> Tensor:
     return q.new_empty(shape, dtype=torch.float32)
 
 
+def _moments(q: Tensor, learned: bool) -> Tensor:
+    return q.new_empty((*q.shape[:3], 2) if learned else 0, dtype=torch.float32)
+
+
 def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the kernels read of a decay: log2(e) / r (nh,) and s_i (nh, T), in float32."""
     if reach is None:
@@ -612,13 +633,17 @@ def _launch(
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
-    ragged = {"RAGGED": T % blocks.BLOCK_M != 0} if kernel == "dkv" else {}
+    own = {}
+    if kernel == "dkv":
+        own["RAGGED"] = T % blocks.BLOCK_M != 0
+    if kernel == "dq":
+        own["LEARNED"] = tensors[-1].numel() > 0
     # Without a decay its pointers are not followed
     of_decay = tensors[-2:] if rates is None else (rates, sums)
     KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
         *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
         f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
-        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **ragged,
+        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **own,
     )  # fmt: skip
 
 
@@ -652,21 +677,23 @@ def _(q, k, v, name, divisor, rates, sums):
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
+    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols). The last
+    result, (B, nh, T, 2), is dq_kernel's for the gradient of a decay if `learned`, else empty."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
+    moments = _moments(q, learned)
     with torch.cuda.device_of(q):
         _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor, rates, sums)
-    return dq, dk, dv
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
+    return dq, dk, dv, moments
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums):
-    return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums, learned):
+    return *(empty_heads_last(q) for _ in range(3)), _moments(q, learned)
 
 
 def _save(ctx, inputs, output):
@@ -676,7 +703,15 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, *_):
     *tensors, rates, sums = ctx.saved_tensors
-    return *_backward(dy, *tensors, *ctx.formula, rates, sums), *[None] * 4
+    learned = ctx.needs_input_grad[-2]
+    dq, dk, dv, moments = _backward(dy, *tensors, *ctx.formula, rates, sums, learned)
+    d_rates = d_sums = None
+    if learned:  # y_i = sum_j 2^(-rate (i - j)) / s_i ...
+        P_sum, P_moment = moments.unbind(-1)
+        scale = 1 / ctx.formula[1]
+        d_rates = -math.log(2) * scale * P_moment.sum((0, 2))
+        d_sums = -scale * P_sum.sum(0) / sums
+    return dq, dk, dv, None, None, d_rates, d_sums
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -699,7 +734,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
     y, *norms = _forward(q, k, v, name, 1.0, None, None)
     forward = lambda: _forward(q, k, v, name, 1.0, None, None)
-    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None)
+    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None, False)
     fastest = {}
     for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
         key, times = (kernel, max(64, padded(q.size(-1)))), {}

@@ -66,16 +66,16 @@ def inputs(shape, dtype, device="cpu", offset=0.0, seed=0):
 
 
 def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, reach=None):
-    """y, dq, dk, dv."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    y = attend(q, k, v, name, DIVISOR, reach)
-    return y.detach(), *torch.autograd.grad(y, (q, k, v), dy)
+    """y, dq, dk, dv, and the gradient of the reach of a decay."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, reach) if x is not None]
+    y = attend(*inputs[:3], name, DIVISOR, *inputs[3:])
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
 def plain(q, k, v, dy, name, reach=None):
     """The same by the plain formula, in float64."""
 
-    def attend(q, k, v, name, divisor, reach):
+    def attend(q, k, v, name, divisor, reach=None):
         variant = model.parse_attn_type(name)
         return model.pointwise_attention(q, k, v, variant, divisor, reach=reach)
 
@@ -277,7 +277,7 @@ COMPILED = [
 
 
 def compile_for_hopper(
-    kernel: str, name: str, head_size: int, one: bool = False, decays: bool = False
+    kernel: str, name: str, head_size: int, one: bool = False, decays=False, learned=False
 ) -> dict:
     """Registers, stack and shared memory of the kernel as launched for bfloat16, and its wgmmas.
     `one`: as launched for one head and one position, which Triton compiles apart."""
@@ -292,6 +292,7 @@ def compile_for_hopper(
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
     constants = blocks | {
         "f": f, "n": n, "DISTANCE": score == "distance", "RAGGED": one, "DECAY": decays,
+        "LEARNED": learned,
         "HS": head_size, "BLOCK_D": triton_kernels.padded(head_size),
     }  # fmt: skip
     if one:
@@ -305,9 +306,9 @@ def compile_for_hopper(
         elif argument in ("nh", "T", "group") or argument.startswith("stride"):
             signature[argument] = "i32"
         else:
-            is_float32 = argument.endswith("norm") or argument in ("Rates", "S")
+            is_float32 = argument.endswith("norm") or argument in ("Moments", "Rates", "S")
             signature[argument] = "*fp32" if is_float32 else "*bf16"
-        if argument[0] in "QKVYdsRS" and argument != "divisor" or argument == "T":
+        if argument[0] in "QKVYdsMRS" and argument != "divisor" or argument == "T":
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {
         (function.arg_names.index(k),): v for k, v in constants.items() if k in function.arg_names
@@ -365,6 +366,9 @@ def test_compiled_for_hopper(kernel, name, head_size):
 def test_a_decay_fits_into_the_registers(kernel, name):
     usage = compile_for_hopper(kernel, name, 64, decays=True)
     assert usage["wgmma"] > 0 and usage["STACK"] <= 64
+    if kernel == "dq":
+        usage = compile_for_hopper(kernel, name, 64, decays=True, learned=True)
+        assert usage["wgmma"] > 0 and usage["STACK"] <= 160
 
 
 @compiles
