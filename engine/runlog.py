@@ -29,7 +29,7 @@ class RunLog:
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):
-        self.active, self.config, self.folder = rt.is_main, config, folder
+        self.active, self.config, self.folder, self.rt = rt.is_main, config, folder, rt
         self.stats, self.trackers = None, {}
         if not self.active:
             return
@@ -92,8 +92,10 @@ class RunLog:
 
     def write_stats(self, step: int, measure: Callable[[], list[dict]]) -> None:
         """Add the rows that `measure` returns, unless those of this step are already there."""
-        if self.active and step > int(self.stats.last.get("step", -1)):
-            rows = [{"step": step, **row} for row in measure()]
+        if not self.rt.from_main(lambda: step > int(self.stats.last.get("step", -1))):
+            return
+        rows = [{"step": step, **row} for row in measure()]  # by all ranks, which may share weights
+        if self.active:
             self.stats.write(rows)
             self._track("log", ranges.per_layer(rows), step)
 

@@ -27,6 +27,7 @@ from data.dataset import Dataset
 from data.meta import DATA_DIR, known_datasets
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
+from engine import sharding
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
 from engine.runtime import Runtime
 from model import GPT, GPTConfig, choose
@@ -40,7 +41,7 @@ AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
     "out_dir save_dir init_from eval_only datasets eval_stride data_dir device dtype compile "
-    "backend attn_impl allow_mismatch skip_nonfinite".split()
+    "backend attn_impl allow_mismatch skip_nonfinite checkpoint_activations shard".split()
 )
 # What a resumed run must share with the run before, to end where that one would have ended
 TRAJECTORY = (
@@ -93,8 +94,7 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         match_architecture(model, given, source, resumes=config.init_from == "resume")
         if data:
             data.check_model(model.config.vocab_size, tokenizer_meta, source)
-    model.to(rt.device)
-    rt.broadcast(list(model.state_dict().values()))
+    rt.place(model)
 
     teacher = None
     if config.init_from == "distill":
@@ -113,8 +113,13 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         if checkpoint.get("iter_num", 0) < matching_steps(config):
             base = checkpoint.get("base")
             loaded = rt.from_main(lambda: ckpt.load_base(path.parent, base), ckpt.without_tensors)
-            teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE)).to(rt.device)
-            rt.broadcast(list(teacher.state_dict().values()))
+            teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE))
+            rt.place(teacher)
+    if teacher and rt.shard:
+        problem = "shard=full can't match a teacher's attention"
+        raise UserError(f"{problem}; pass --shard=none until the matching is done")
+    if config.checkpoint_activations:
+        sharding.checkpoint_activations(model)
     return Start(config, model, source, tokenizer_meta, data, fingerprint, checkpoint, teacher)
 
 
@@ -190,6 +195,10 @@ def check(config) -> None:
         raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or --teacher=gpt2")
     if config.teacher is not None and config.init_from not in ("distill", "resume"):
         raise UserError("teacher is for --init_from=distill")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.shard == "full" and (ranks == 1 or config.datasets):
+        problem = "shard=full shares a model in training among the ranks of torchrun"
+        raise UserError(f"{problem}; leave it out for one rank, and with --datasets")
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     # A run that nanoGPT has trained with a rising rate may go on with it
@@ -198,7 +207,7 @@ def check(config) -> None:
         problem = f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}"
         repair = "pass a lower one, or --min_lr=none for a tenth of the learning rate"
         raise UserError(f"{problem}; {repair}")
-    steps, ranks = config.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
+    steps = config.gradient_accumulation_steps
     if not config.eval_only and steps % ranks:
         problem = f"gradient_accumulation_steps={steps} can't be shared among {ranks} ranks"
         raise UserError(f"{problem}; pass a multiple of {ranks}")
