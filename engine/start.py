@@ -73,6 +73,10 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     be had, or does not go together."""
     given = after_restart(config_class, given, rt)
     config, checkpoint, path = read_config(config_class, given, rt)
+    steps = checkpoint.get("iter_num", 0) if config.init_from == "resume" else 0
+    if rt.shard and (config.init_from == "distill" or steps < matching_steps(config)):
+        problem = "shard=full can't match a teacher's attention"
+        raise UserError(f"{problem}; use --shard=none for those steps, and then --init_from=resume")
     data = None if config.datasets else open_data(config, rt)
     if data and rt.world_size > 1:
         check_same_everywhere(data, rt)
@@ -115,9 +119,6 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
             loaded = rt.from_main(lambda: ckpt.load_base(path.parent, base), ckpt.without_tensors)
             teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE))
             rt.place(teacher)
-    if teacher and rt.shard:
-        problem = "shard=full can't match a teacher's attention"
-        raise UserError(f"{problem}; pass --shard=none until the matching is done")
     if config.checkpoint_activations:
         sharding.checkpoint_activations(model)
     return Start(config, model, source, tokenizer_meta, data, fingerprint, checkpoint, teacher)
@@ -183,6 +184,11 @@ def check(config) -> None:
         GPTConfig(**{key: getattr(config, key) for key in ARCHITECTURE}, **model_overrides(config))
     except ValueError as error:
         raise UserError(error) from error
+    for key in ("out_dir", "save_dir", "teacher"):
+        path = Path(getattr(config, key) or "")
+        if path.is_file():
+            problem = f"{key}={path} is a file, but a run is named by its folder"
+            raise UserError(f"{problem}; pass --{key}={path.parent}")
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
         if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
@@ -362,10 +368,10 @@ def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
 def from_gpt2(config, given: dict) -> Weights:
     """The weights of a GPT-2 of transformers, or of a folder that export.py wrote."""
     name = config.init_from
-    run = Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)
+    run = Path(name).parent if Path(name).is_file() else Path(name)
     if holds_checkpoint(run):
         repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
-        raise UserError(f"init_from={name} is the folder of a run; {repair}")
+        raise UserError(f"init_from={name} is a run, which its folder names; {repair}")
     overrides = {key: value for key, value in model_overrides(config).items() if key in given}
     try:
         model = GPT.from_pretrained(name, overrides, given.get("block_size"))
