@@ -61,7 +61,8 @@ class Config:
     plot: bool = True  # Draw pictures in out_dir at the end of a run of 100 steps or more
     tensorboard_log: bool = False  # Log to OUT_DIR/tensorboard too
     wandb_log: bool = False  # Log to Weights & Biases too
-    wandb_project: str = "gpt-attention"  # Project in Weights & Biases
+    trackio_log: bool = False  # Log to Trackio too, which keeps its pages on this disk
+    wandb_project: str = "gpt-attention"  # Project in Weights & Biases and in Trackio
     wandb_run_name: str | None = None  # Name of the run there; auto: the name of its folder
 
     # Data

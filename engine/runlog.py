@@ -1,4 +1,4 @@
-"""The log of a run: log.csv, stats.csv, the terminal, Weights & Biases and TensorBoard."""
+"""The log of a run: log.csv, stats.csv, the terminal, wandb, Trackio and TensorBoard."""
 
 import csv
 import os
@@ -42,8 +42,9 @@ class RunLog:
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         total, hide_bar = config.max_iters, None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=total, initial=first_step, bar_format=form, disable=hide_bar)
-        for wanted, kind in ((config.wandb_log, Wandb), (config.tensorboard_log, TensorBoard)):
+        for kind in (Wandb, Trackio, TensorBoard):
             name = kind.__name__.lower()
+            wanted = getattr(config, f"{name}_log")
             if wanted and (tracker := self._try(name, kind, folder, config, first_step)):
                 self.trackers[name] = tracker
 
@@ -60,6 +61,8 @@ class RunLog:
             return function(*args)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, ModuleNotFoundError):
+                reason += f"; install it with  pip install {name}"
             self.say(f"{name} is off: {reason}")
             self.trackers.pop(name, None)
 
@@ -207,6 +210,21 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+class Trackio(Wandb):
+    """Trackio has the functions of wandb. It keeps runs on this disk, and knows them by name."""
+
+    def __init__(self, folder: Path, config, first_step: int):
+        import trackio
+
+        self.wandb = trackio
+        self.run = trackio.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or folder.name,
+            config=asdict(config),
+            resume="allow" if first_step > 0 else "never",
+        )
 
 
 class TensorBoard:
