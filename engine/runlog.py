@@ -42,9 +42,9 @@ class RunLog:
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         total, hide_bar = config.max_iters, None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=total, initial=first_step, bar_format=form, disable=hide_bar)
-        for kind in (Wandb, Trackio, TensorBoard):
+        trackers = (config.wandb_log, Wandb), (config.trackio_log, Trackio)
+        for wanted, kind in (*trackers, (config.tensorboard_log, TensorBoard)):
             name = kind.__name__.lower()
-            wanted = getattr(config, f"{name}_log")
             if wanted and (tracker := self._try(name, kind, folder, config, first_step)):
                 self.trackers[name] = tracker
 

@@ -1,7 +1,7 @@
 """
 Fault injection: what can happen to a run, done to real processes of train.py, with counts.
 
-    python tests/faults.py            # make faults: every row, about five minutes on 2 cores
+    python tests/faults.py            # make faults: every row, about six minutes on 2 cores
     python tests/faults.py sigkill    # rows whose name begins so
 
 A row is a function that yields (case, None or what went wrong). The reference of a digest is a run
