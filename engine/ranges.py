@@ -68,7 +68,7 @@ def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[..., object]) -> l
     model.eval()
     try:
         with rt.autocast():
-            model.hidden(idx, torch.arange(idx.size(1), device=idx.device))
+            model(idx)
     finally:
         model.train(training)
         for handle in handles:
