@@ -368,7 +368,7 @@ def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
 def from_gpt2(config, given: dict) -> Weights:
     """The weights of a GPT-2 of transformers, or of a folder that export.py wrote."""
     name = config.init_from
-    run = Path(name).parent if Path(name).is_file() else Path(name)
+    run = Path(name).parent if Path(name).suffix == ".pt" else Path(name)
     if holds_checkpoint(run):
         repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
         raise UserError(f"init_from={name} is a run, which its folder names; {repair}")
