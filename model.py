@@ -271,7 +271,9 @@ class CausalSelfAttention(nn.Module):
 
     def reach(self) -> Tensor | None:
         """How far each head sees, (nh,) in tokens; None without a decay."""
-        return self.fixed_reach if self.log_reach is None else self.log_reach.exp()
+        if self.log_reach is None:
+            return self.fixed_reach
+        return self.log_reach.exp().clamp(min=decay.SHORTEST_LEARNED)
 
     def forward(self, x, extend=None):
         B, T, C = x.size()

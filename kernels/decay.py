@@ -7,7 +7,7 @@ The public decay: every head weighs what lies d tokens back by gamma^d, whatever
 gamma = exp(-1 / r), where r is the reach of the head in tokens. The fixed reaches of a layer grow
 geometrically from 2 tokens to L / 2, the shortest first; a single head has their geometric mean,
 sqrt(L). L is the block_size of training: no weight depends on the length of the present input.
-Learned reaches start there; once trained they are constants too.
+Learned reaches start there, and stay above 0.75 tokens; once trained they are constants too.
 
 Shapes: B batch, nh heads, T sequence length; t queries belong to the last t of T tokens. `reach` is
 r of each head, (nh,), or None without a decay.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 SHORTEST = 2.0  # tokens
+SHORTEST_LEARNED = 0.75  # a factor of 0.26 for the last token but one; see triton_kernels.py
 
 
 def fixed_reach(nh: int, L: int) -> Tensor:

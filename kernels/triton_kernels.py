@@ -219,7 +219,9 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
-# relative to a position between them, so that neither exceeds 1. On the diagonal there is none.
+# relative to a position between them, so that neither exceeds 1. On the diagonal, where there is
+# none, it is the middle of at most 128 positions: with the shortest reach, 0.75 tokens, a factor is
+# 2^123 at most, which float32 holds.
 
 
 @triton.jit
@@ -233,14 +235,6 @@ def row_factors(S, rows, T, rate, origin):
 def column_factors(cols, rate, origin):
     """2^(rate (j - origin)) for these columns j."""
     return tl.exp2(rate * (cols - origin).to(tl.float32))
-
-
-@triton.jit
-def diagonal_factors(S, rows, cols, T, rate):
-    """2^(-rate (i - j)) / s_i of a tile, from rows and columns that broadcast to it. For j > i the
-    result, perhaps infinite, is not to be used."""
-    s = tl.load(S + rows, rows < T, other=1.0)
-    return tl.exp2(rate * (cols - rows).to(tl.float32)) / s
 
 
 @triton.jit
@@ -291,21 +285,21 @@ def forward_kernel(
     nearest = 0  # the first column that is not beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
-        row_factor = row_factors(S, rows, T, rate, first_row)
         nearest = tl.maximum(first_row - reach_in_blocks(rate, BLOCK_M) * BLOCK_M, 0)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else nearest
         end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
+        if DECAY:
+            origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
+            row_factor = row_factors(S, rows, T, rate, origin)
         for first_col in tl.range(begin, end, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            if DECAY and DIAGONAL:
-                A *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
-            elif DECAY:
-                A *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+            if DECAY:
+                A *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
@@ -339,7 +333,6 @@ def dq_kernel(
     nearest = 0  # the first column that is not beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
-        row_factor = row_factors(S, rows, T, rate, first_row)
         nearest = tl.maximum(first_row - reach_in_blocks(rate, BLOCK_M) * BLOCK_M, 0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -348,6 +341,9 @@ def dq_kernel(
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else nearest
         end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
+        if DECAY:
+            origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
+            row_factor = row_factors(S, rows, T, rate, origin)
         for first_col in tl.range(begin, end, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
@@ -355,10 +351,8 @@ def dq_kernel(
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
-            if DECAY and DIAGONAL:
-                dA *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
-            elif DECAY:
-                dA *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+            if DECAY:
+                dA *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
             if LEARNED:
                 P = A * dA
                 if DIAGONAL:
@@ -412,7 +406,6 @@ def dkv_kernel(
     farthest = T  # the rows from here on are beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
-        column_factor = column_factors(cols, rate, first_col + BLOCK_N)
         farthest = first_col + (1 + reach_in_blocks(rate, BLOCK_N)) * BLOCK_N
         farthest = tl.minimum(farthest, T)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -421,6 +414,9 @@ def dkv_kernel(
     for BELOW in tl.static_range(2):
         begin = first_col + BLOCK_N if BELOW else first_col
         end = farthest if BELOW else tl.minimum(first_col + BLOCK_N, T)
+        if DECAY:
+            origin = first_col + (BLOCK_N if BELOW else BLOCK_N // 2)
+            column_factor = column_factors(cols, rate, origin)
         for first_row in tl.range(begin, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, RAGGED)
@@ -429,11 +425,8 @@ def dkv_kernel(
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
             G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
             if DECAY:
-                if BELOW:
-                    row_factor = row_factors(S, rows, T, rate, first_col + BLOCK_N)
-                    factor = column_factor[:, None] * row_factor[None, :]
-                else:
-                    factor = diagonal_factors(S, rows[None, :], cols[:, None], T, rate)
+                row_factor = row_factors(S, rows, T, rate, origin)
+                factor = column_factor[:, None] * row_factor[None, :]
                 A *= factor
                 G *= factor
             if RAGGED:
