@@ -19,9 +19,8 @@ the n + 6 of them. Ciphertexts never go up again, as there is no bootstrapping.
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,8 +136,8 @@ class Scheme:
     def __init__(self, packing: Packing, secure: bool = True):
         self.seal = seal = import_seal()
         self.packing, depth, ring = packing, packing.depth, packing.ring
-        level = seal.SEC_LEVEL_TYPE.TC128
-        limit = seal.CoeffModulus.MaxBitCount(ring, level) if secure else 60 * (depth + 2)
+        security = seal.SEC_LEVEL_TYPE.TC128
+        limit = seal.CoeffModulus.MaxBitCount(ring, security) if secure else 60 * (depth + 2)
         bits = (limit - 2 * HEADROOM - 2) // (depth + 2)
         if bits < MIN_SCALE:
             raise UserError(
@@ -150,7 +149,7 @@ class Scheme:
         parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
         parameters.set_poly_modulus_degree(ring)
         parameters.set_coeff_modulus(seal.CoeffModulus.Create(ring, self.modulus))
-        self.context = seal.SEALContext(parameters, True, level if secure else level.NONE)
+        self.context = seal.SEALContext(parameters, True, security if secure else security.NONE)
         assert self.context.parameters_set(), self.context.parameters_error_message()
         self.encoder = seal.CKKSEncoder(self.context)
 
@@ -161,9 +160,13 @@ class Scheme:
             self.primes.append(data.parms().coeff_modulus()[-1].value())
             data = data.next_context_data()
         self.scale = [2.0**bits]
-        for l in range(depth):
-            plain = l in (0, packing.n + 3, packing.n + 5)  # products with weights reset the scale
-            self.scale.append(2.0**bits if plain else self.scale[l] ** 2 / self.primes[l])
+        for level in range(depth):
+            plain = level in (
+                0,
+                packing.n + 3,
+                packing.n + 5,
+            )  # products with weights reset the scale
+            self.scale.append(2.0**bits if plain else self.scale[level] ** 2 / self.primes[level])
 
     def encode(self, values: ndarray, level: int, scale: float):
         """A plaintext with `values` (C T,), real or complex, at `level`."""
@@ -224,9 +227,9 @@ class Client:
         weighted = packing.slots(w[:, None] * x).reshape(packing.C, packing.T).astype(complex)
         weighted[1::2] *= 1j
         values = np.roll(weighted, 1, axis=0).reshape(-1)
-        level = packing.n + 2  # where the server needs them
-        for kind, slots, l in (("tokens", tokens, 0), ("values", values, level)):
-            plaintext = self.scheme.encode(slots, l, scale[l])
+        # The server needs the values only after the scores: fewer primes, fewer bytes
+        for kind, slots, level in (("tokens", tokens, 0), ("values", values, packing.n + 2)):
+            plaintext = self.scheme.encode(slots, level, scale[level])
             ciphertext = self.encryptor.encrypt_symmetric(plaintext)
             ciphertext.save(str(folder / f"{name}.{kind}"))
 
@@ -358,9 +361,7 @@ class Server:
         self.hidden_sum = self.encode(of_sum(blocks(p.hidden_sum)), n + 3)
         by_block = p.logits_hidden.reshape(-1, BLOCKS, C).transpose(1, 0, 2)  # (4, V, C)
         self.logits_last = self.encode(at_0(of_last(p.logits_last)), n + 5, fresh)
-        self.logits_sum = self.encode(
-            at_0(of_sum(p.logits_sum)), n + 5, self.scheme.scale[n + 3]
-        )
+        self.logits_sum = self.encode(at_0(of_sum(p.logits_sum)), n + 5, self.scheme.scale[n + 3])
         self.logits_hidden = self.encode(by_block, n + 5)
 
     def run(
