@@ -33,7 +33,7 @@ import torch
 import configurator
 from configurator import UserError
 from data.dataset import Batches, Dataset, Purpose
-from engine import runtime
+from engine import flex, runtime, sharding
 from engine.files import text_table, whole_file
 from engine.nanogpt import NanoGPT
 from engine.start import ARCHITECTURE, check, choose_implementation, model_overrides
@@ -124,7 +124,10 @@ class TrainingStep:
     def __init__(self, config: BenchConfig, rt, nanogpt=None):
         self.config, self.rt, self.steps = config, rt, count()
         self.data = Dataset(config.dataset, config.data_dir) if config.real_data else None
-        self.raw_model = new_model(config, nanogpt).to(rt.device)
+        self.raw_model = new_model(config, nanogpt)
+        rt.place(self.raw_model)
+        if config.checkpoint_activations and nanogpt is None:
+            sharding.checkpoint_activations(self.raw_model)
         self.optimizer = self.raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
         )
@@ -203,7 +206,8 @@ def forward_backward(attend, q, k, v, dy) -> None:
 
 
 def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> list[dict]:
-    """Attention alone at one length: every implementation, beside torch's softmax (SDPA)."""
+    """Attention alone at one length: every implementation, beside torch's softmax (SDPA) and, on a
+    GPU, its FlexAttention."""
     B, nh, hs = config.batch_size, config.n_head, config.n_embd // config.n_head
     dtype = getattr(torch, rt.dtype)
     qkv = torch.randn(B, T, 3, nh, hs, device=rt.device, dtype=dtype)
@@ -212,10 +216,16 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
     n_weights = B * nh * T * T  # the reference holds several matrices of this size
     rows, forwards, both_ways = [], [], []
     for attn_type in ["SM", *(t for t in attn_types if t != "SM")]:
-        for impl, reason in refusals(attn_type, hs, dtype, rt.device).items():
+        implementations = refusals(attn_type, hs, dtype, rt.device)
+        if config.attn_decay == "none":
+            implementations["FlexAttention"] = flex.refusal(attn_type, hs, rt.device)
+        for impl, reason in implementations.items():
             if reason is not None or (impl == "reference" and n_weights > 2**27):
                 continue
-            attend = attention(attn_type, T, impl=impl, attn_decay=config.attn_decay)
+            if impl == "FlexAttention":
+                attend = flex.attention(attn_type, T, rt.device)
+            else:
+                attend = attention(attn_type, T, impl=impl, attn_decay=config.attn_decay)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
             forwards.append(measured_here(partial(torch.no_grad()(attend), q, k, v), rt))
             both_ways.append(measured_here(partial(forward_backward, attend, q, k, v, dy), rt))
@@ -310,7 +320,8 @@ def read_config() -> tuple[BenchConfig, list[str]]:
 
 def main() -> None:
     config, attn_types = read_config()
-    with runtime.session(config.device, config.dtype, config.compile, config.backend) as rt:
+    machine = config.device, config.dtype, config.compile, config.backend, config.shard == "full"
+    with runtime.session(*machine) as rt:
         if config.profile:
             profile(config, rt)
             return
@@ -328,6 +339,9 @@ def main() -> None:
                 title = "training step" if name == "step" else name
                 cells = [[cell(value) for value in row.values()] for row in results[name]]
                 print(f"\n{title}, {shape}\n{text_table([list(results[name][0]), *cells])}")
+                reason = flex.refusal("SM", config.n_embd // config.n_head, rt.device)
+                if name == "attention" and reason:
+                    print(f"left out: {reason}")
             if config.out and rt.is_main:  # after every table: the next one may fail
                 with whole_file(Path(config.out)) as file:
                     file.write(json.dumps(results, indent=1) + "\n")

@@ -4,8 +4,9 @@ Attentions side by side, each at its best learning rate: what a GPT loses or gai
     python compare.py config/compare_11.py                      # nine of them, one layer, one head
     python compare.py config/compare_11.py --attn_types=SM,PA_relu --seeds=1,2,3 --out_dir=out-relu
     python compare.py --base=train_gpt2 --attn_types=SM,GK --learning_rates=6e-4 --jobs=2
+    python compare.py config/compare_11.py --vary="n_layer=1,2,4 attn_decay=none,fixed"
 
-Each combination of attn_type, learning rate and seed is trained by a train.py of its own. All see
+Each combination of the lists is trained by a train.py of its own. All see
 the same tokens, as a batch is a function of the seed and the step. The same command, started again,
 goes on where it stopped: it trains what is missing or was trained with other settings. OUT_DIR then
 holds results.csv (a row per run), report.md, its pictures, and the folder and output of each run.
@@ -24,7 +25,8 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -49,6 +51,7 @@ class CompareConfig(Config):
     attn_types: str = "SM,GK"  # Attentions to compare with SM, or with the first if SM is missing
     learning_rates: str = "1e-3,3e-3,1e-2"  # Peak rates to try for each attention
     seeds: str = "1,2"  # Seeds to train each attention and learning rate with
+    vary: str = ""  # Lists of values of other keys, in place of one: "n_layer=1,2 bias=True,False"
     jobs: int | None = None  # Runs at a time; auto: one for each GPU, 1 on a CPU
 
 
@@ -64,16 +67,19 @@ DIVERGED = "diverged.txt"  # in the folder of a diverged run: the error message 
 
 @dataclass
 class Trial:
-    """One run of train.py: the keys passed to it, its whole config, and the SHA-256 of its data."""
+    """One run of train.py: the keys passed to it, its whole config, the SHA-256 of its data, and
+    those of its values that --vary lists."""
 
     settings: dict
     config: Config
     data: dict | None = None
+    varied: dict = field(default_factory=dict)
 
     def __post_init__(self):
         c = self.config
         self.folder, self.output = Path(c.out_dir), Path(f"{c.out_dir}.txt")
-        self.title = f"{c.attn_type}, learning rate {c.learning_rate:g}, seed {c.seed}"
+        self.variant = comparison.variant_name(c.attn_type, self.varied)
+        self.title = f"{self.variant}, learning rate {c.learning_rate:g}, seed {c.seed}"
 
     def rows(self) -> list[dict]:
         """The rows of log.csv, none if there is no such file."""
@@ -119,6 +125,7 @@ class Trial:
         last = rows[-1] if rows else {}
         return {
             "attn_type": config.attn_type,
+            **self.varied,
             "learning_rate": config.learning_rate,
             "seed": config.seed,
             "best_val_loss": min(filter(math.isfinite, losses), default=None),
@@ -134,29 +141,47 @@ class Trial:
         }
 
 
-def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
-    """A trial for each seed, learning rate and attn_type. Seeds vary slowest, so that a comparison
-    stopped halfway has compared something. Raises UserError for values that no trial could use."""
-    values = []
-    for key in ("seed", "learning_rate", "attn_type"):
+def lists_of_values(given: dict, config: CompareConfig) -> dict[str, list]:
+    """{key of Config: the values to try}, those that vary slowest first: seeds, so that a
+    comparison stopped halfway has compared something. Raises UserError for what can't be tried."""
+    texts = {key: getattr(config, f"{key}s") for key in ("seed", "learning_rate", "attn_type")}
+    options = {key: f"--{key}s={text}" for key, text in texts.items()}
+    for key in texts:
         if key in given:
             raise UserError(f"{key} is set by a list here; pass --{key}s={given[key]}")
-        texts = getattr(config, f"{key}s")
-        option, parts = f"--{key}s={texts}", [part.strip() for part in texts.split(",")]
-        values.append([configurator.value_of_text(Config, key, part, option) for part in parts])
-        if len(set(values[-1])) < len(parts):
-            raise UserError(f"{option} has a value twice; leave one of them out")
-        if key == "learning_rate" and 0 in values[-1]:
-            raise UserError(f"{option}: a rate of 0 learns nothing")
+    for part in config.vary.split():
+        key, _, text = part.partition("=")
+        option = f"--vary={config.vary}"
+        if key in texts or key not in Config.__annotations__ or not text:
+            problem = f"{option} does not consist of KEY=VALUE,VALUE with other keys of train.py"
+            raise UserError(f'{problem}; pass for instance --vary="n_layer=1,2 dropout=0.0,0.1"')
+        texts[key], options[key] = text, option
+    values = {}
+    for key, text in texts.items():
+        parts = [part.strip() for part in text.split(",")]
+        value_of = partial(configurator.value_of_text, Config, key, source=options[key])
+        values[key] = [value_of(text=part) for part in parts]
+        if len(set(values[key])) < len(parts):
+            raise UserError(f"{options[key]} has a value twice; leave one of them out")
+    if 0 in values["learning_rate"]:
+        raise UserError(f"{options['learning_rate']}: a rate of 0 learns nothing")
+    return values
+
+
+def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
+    """A trial for each combination. Raises UserError for values that no trial could use."""
+    values = lists_of_values(given, config)
     common = configurator.read_config_file(Config, config.base)
     common.pop("min_lr", None)  # it suits one learning rate; here it is a tenth of each, or given
     common |= {k: value for k, value in given.items() if k not in CompareConfig.__annotations__}
     trials = []
-    for seed, rate, attn_type in product(*values):
-        settings = {**common, "attn_type": attn_type, "learning_rate": rate, "seed": seed}
-        name = f"{attn_type}-lr{rate:g}-seed{seed}"
-        settings["out_dir"] = str(Path(config.out_dir) / name)
-        trials.append(Trial(settings, Config(**settings)))
+    for combination in product(*values.values()):
+        chosen = dict(zip(values, combination, strict=True))
+        varied = {key: value for key, value in chosen.items() if key in list(values)[3:]}
+        name = "-".join(map(str, (chosen["attn_type"], *varied.values())))
+        name += f"-lr{chosen['learning_rate']:g}-seed{chosen['seed']}"
+        settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
+        trials.append(Trial(settings, Config(**settings), varied=varied))
         check(trials[-1].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
@@ -249,9 +274,10 @@ def conclude(trial: Trial, code: int) -> tuple[str, bool]:
 
 def write_results(trials: list[Trial], config: CompareConfig) -> None:
     """Write results.csv, a row for each trial that is done, and report.md."""
-    order = config.attn_types.replace(" ", "").split(",")
-    rows = [trial.result() for trial in trials if trial.is_done()]
-    rows.sort(key=lambda row: (order.index(row["attn_type"]), row["learning_rate"]))
+    order = list(dict.fromkeys(trial.variant for trial in trials))
+    done = [trial for trial in trials if trial.is_done()]
+    done.sort(key=lambda trial: (order.index(trial.variant), trial.config.learning_rate))
+    rows = [trial.result() for trial in done]
     if not rows:
         return
     folder = Path(config.out_dir)
@@ -272,31 +298,30 @@ def mean_and_spread(values: Iterable[float], sign: str = "") -> str:
 
 
 def best_rate_table(rows: list[dict]) -> str:
-    """A row for each attention, at its best learning rate."""
+    """A row for each attention, and each combination of what else varies, at its best learning
+    rate."""
     rates = sorted({row["learning_rate"] for row in rows})
-    best = comparison.best_runs(rows)
-    baseline = "SM" if "SM" in best else next(iter(best))
-    baseline_losses = {run["seed"]: run["final_val_loss"] for run in best[baseline]}
+    best, baseline = comparison.best_runs(rows), comparison.baseline(rows)
     heading = ["attention", "val loss", f"minus {baseline}'s", "ms/step", "tokens/s", "peak MiB"]
     table = [[*heading, "best learning rate", "diverged"]]
-    for attn_type, runs in best.items():
+    for variant, runs in best.items():
         cells = ["diverged", *["-"] * 5]
         if runs:
-            losses = {run["seed"]: run["final_val_loss"] for run in runs}
-            pairs = losses.keys() & baseline_losses.keys() if attn_type != baseline else []
+            is_baseline = runs[0]["attn_type"] == baseline
+            differences = [] if is_baseline else comparison.differences(runs, best, baseline)
             peaks = [run["peak_mib"] for run in runs if run["peak_mib"]]
             rate = runs[0]["learning_rate"]
             at_edge = len(rates) > 1 and rate in (rates[0], rates[-1])
             cells = [
-                mean_and_spread(losses.values()),
-                mean_and_spread((losses[seed] - baseline_losses[seed] for seed in pairs), "+"),
+                mean_and_spread(run["final_val_loss"] for run in runs),
+                mean_and_spread(differences, "+"),
                 f"{median(run['ms_per_step'] for run in runs):.1f}",
                 f"{median(run['tokens_per_s'] for run in runs):,.0f}",
                 f"{max(peaks):,.0f}" if peaks else "n/a",
                 f"{rate:g}" + "*" * at_edge,
             ]
-        diverged = [row["diverged"] for row in rows if row["attn_type"] == attn_type]
-        table.append([attn_type, *cells, f"{sum(diverged)} of {len(diverged)}"])
+        diverged = [row["diverged"] for row in rows if row["variant"] == variant]
+        table.append([variant, *cells, f"{sum(diverged)} of {len(diverged)}"])
     return text_table(table, markdown=True)
 
 
@@ -304,14 +329,14 @@ def all_rates_table(rows: list[dict]) -> str:
     """A row for each attention and a column for each learning rate."""
     rates, best = sorted({row["learning_rate"] for row in rows}), comparison.best_runs(rows)
     table = [["attention", *(f"{rate:g}" for rate in rates)]]
-    for attn_type, runs_at in comparison.by_rate(rows).items():
-        table.append([attn_type])
+    for variant, runs_at in comparison.by_rate(rows).items():
+        table.append([variant])
         for runs in (runs_at.get(rate, []) for rate in rates):
             diverged = sum(run["diverged"] for run in runs)
             text = f"{diverged} diverged"
             if not diverged:
                 text = mean_and_spread(run["final_val_loss"] for run in runs)
-            table[-1].append(f"**{text}**" if runs and runs == best[attn_type] else text)
+            table[-1].append(f"**{text}**" if runs and runs == best[variant] else text)
     return text_table(table, markdown=True)
 
 
@@ -319,18 +344,23 @@ def report(rows: list[dict], trials: list[Trial], command: str) -> str:
     """The comparison in Markdown, from the rows of results.csv."""
     config, missing = trials[0].config, len(trials) - len(rows)
     n_types = len({row["attn_type"] for row in rows})
+    keys = list(trials[0].varied)
+    varied = f" (except for {', '.join(keys)}, which vary)" if keys else ""
     seeds = ", ".join(str(seed) for seed in sorted({int(row["seed"]) for row in rows}))
     missing_runs = f" {missing} of {len(trials)} runs are missing." if missing else ""
-    pictures = "\n\n".join(f"![{title}]({name}.png)" for name, title in comparison.PICTURES.items())
+    titles = comparison.PICTURES | comparison.numeric_axes(rows)
+    pictures = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
     return f"""# {n_types} attentions compared
 
 `{command}`: L{config.n_layer} H{config.n_head} C{config.n_embd} T{config.block_size}, data set \
-{config.dataset}, {config.max_iters:,} steps of {tokens_per_step(config):,} tokens, seeds {seeds}; \
+{config.dataset}, {config.max_iters:,} steps of {tokens_per_step(config):,} tokens{varied}, seeds \
+{seeds}; \
 {machines(trials)}.{missing_runs}
 
 Runs with the same seed see the same batches in the same order, and every run is evaluated on the \
 same {config.eval_iters} batches. Losses are those of the last step, in nats per token. Values are \
-means over seeds, ± one standard deviation. Differences are taken seed by seed.
+means over seeds, ± one standard deviation. Differences are taken seed by seed, between runs that \
+differ in the attention only, each at its best learning rate.
 
 ## Each attention at its best learning rate
 
@@ -364,10 +394,13 @@ def main() -> None:
     config = CompareConfig(**given)
     trials = make_trials(given, config)
     # Here, so that mistakes are reported at once, and trials side by side don't all prepare pydocs
-    data = open_data(trials[0].config, Runtime("cpu", "float32", False))
-    data.check_length(trials[0].config.block_size)
+    opened = {}
     for trial in trials:
-        trial.data = data.fingerprint()
+        if (name := trial.config.dataset) not in opened:
+            data = open_data(trial.config, Runtime("cpu", "float32", False))
+            opened[name] = data, data.fingerprint()
+        data, trial.data = opened[name]
+        data.check_length(trial.config.block_size)
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

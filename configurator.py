@@ -103,7 +103,7 @@ def read_config_file(Config: type, name: str) -> dict:
     namespace = {"__file__": str(path)}
     try:
         exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    except Exception as error:  # whatever the user's Python raises becomes one line
+    except (Exception, SystemExit) as error:  # whatever the user's Python raises is one line
         traceback = error.__traceback__.tb_next
         line = error.lineno if isinstance(error, SyntaxError) else traceback and traceback.tb_lineno
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error

@@ -112,11 +112,12 @@ def apply_mask(x: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def pointwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor=1.0, dropout=0.0, visible=None, L=0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor=1.0, dropout=0.0, visible=None,
+    reach=None,
+) -> Tensor:  # fmt: skip
     """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
-    q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. L = 0 is
-    without a decay. Scores and weights are at least float32, whatever autocast asks for: a distance
+    q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. A decay has a
+    `reach`, (nh,). Scores and weights are at least float32, whatever autocast asks for: a distance
     between half-precision vectors is a small difference of large numbers."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -124,15 +125,17 @@ def pointwise_attention(
         # The mask comes after f, as zeros. The hidden scores are set to 0 too: an overflow of f
         # among them (GKpoly far out of range) would make the gradient 0 * inf = NaN.
         A = apply_mask(variant.f(apply_mask(x, visible)), visible) / divisor
-        A = decay.apply(A, visible, L)
+        A = decay.apply(A, visible, reach)
         A = F.dropout(A, dropout) if dropout else A
         return (A @ v.to(wide)).to(v.dtype)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout=0.0, visible=None, L=0) -> Tensor:
-    """Softmax attention by torch's fused kernels, from and to the same shapes. L as above."""
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout=0.0, visible=None, reach=None
+) -> Tensor:
+    """Softmax attention by torch's fused kernels, from and to the same shapes, reach as above."""
     t, T = q.size(2), k.size(2)
-    visible = decay.bias(q, T, visible, L)  # unless L = 0
+    visible = decay.bias(q, T, visible, reach)
     if visible is None and 1 < t < T:
         visible = torch.ones(t, T, dtype=torch.bool, device=q.device).tril(T - t)
     causal = visible is None and t > 1
@@ -162,29 +165,34 @@ choose._dynamo_marked_constant = True
 def attention(
     attn_type: str, block_size: int, pa_length_power=1.0, impl="auto", attn_decay="none"
 ) -> Callable[..., Tensor]:
-    """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None) -> y.
-    PA_f divides by block_size ** pa_length_power, where `block_size` is L, the model's length in
-    training and never that of the present input: no row depends on what follows it. A decay reads
-    the same L, and its row sums replace that divisor. Raises ValueError for an unknown attn_type,
-    and when called if `impl` can't run."""
-    variant = parse_attn_type(attn_type)
-    L = 0 if attn_decay == "none" else block_size
-    if variant is None:
-        return partial(softmax_attention, L=L)
-    divisor = float(block_size) ** pa_length_power if variant.by_length and not L else 1.0
-    by_blocks = blockwise.attention(attn_type, variant, divisor, L)
+    """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None,
+    reach=None) -> y. PA_f divides by block_size ** pa_length_power, where `block_size` is L, the
+    model's length in training and never that of the present input: no row depends on what follows
+    it. The row sums of a decay replace that divisor; its `reach`, (nh,), may be given, and is else
+    the fixed one for L. Raises ValueError for an unknown attn_type, and when called if `impl` can't
+    run."""
+    variant, decays = parse_attn_type(attn_type), attn_decay != "none"
+    divisor = 1.0
+    if variant and variant.by_length and not decays:
+        divisor = float(block_size) ** pa_length_power
+    by_blocks = variant and blockwise.attention(attn_type, variant, divisor)
 
-    def attend(q, k, v, dropout=0.0, visible=None):
-        if visible is not None or q.size(2) != k.size(2):  # generation, with a key-value cache
-            return pointwise_attention(q, k, v, variant, divisor, dropout, visible, L)
-        chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout)
+    def attend(q, k, v, dropout=0.0, visible=None, reach=None):
+        if decays and reach is None:
+            reach = decay.fixed_reach(q.size(1), block_size)
+        if variant is None:
+            return softmax_attention(q, k, v, dropout, visible, reach)
+        chosen = "reference"
+        if visible is None and q.size(2) == k.size(2):  # else generation, with a key-value cache
+            chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout)
+        if chosen == "reference":
+            return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach)
+        fast = by_blocks
         if chosen == "triton":
             from kernels import triton_kernels
 
-            return triton_kernels.triton_attention(q, k, v, attn_type, divisor, L)
-        if chosen == "blockwise":
-            return by_blocks(q, k, v, dropout)
-        return pointwise_attention(q, k, v, variant, divisor, dropout, L=L)
+            fast = triton_kernels.attention(attn_type, divisor)
+        return fast(q, k, v, dropout, reach)
 
     return attend
 
@@ -203,7 +211,7 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has it; False is a bit faster
     # nanoGPT has none of the keys below
     attn_type: str = "SM"
-    attn_decay: Literal["none", "fixed"] = "none"  # see kernels/decay.py
+    attn_decay: Literal["none", "fixed", "learned"] = "none"  # see kernels/decay.py
     pa_length: int | None = None  # L of PA_f and the decay; None: block_size. Cropping keeps it
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
@@ -263,8 +271,17 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        L = config.pa_length or config.block_size
         args = config.pa_length_power, config.attn_impl, config.attn_decay
-        self.attend = attention(config.attn_type, config.pa_length or config.block_size, *args)
+        self.attend = attention(config.attn_type, L, *args)
+        fixed = decay.fixed_reach(self.n_head, L) if config.attn_decay != "none" else None
+        self.fixed_reach, self.log_reach = fixed, None
+        if config.attn_decay == "learned":
+            self.log_reach = nn.Parameter(fixed.log().float())
+
+    def reach(self) -> Tensor | None:
+        """How far each head sees, (nh,) in tokens; None without a decay."""
+        return self.fixed_reach if self.log_reach is None else self.log_reach.exp()
 
     def forward(self, x, pos, extend=None):
         B, T, C = x.size()
@@ -277,7 +294,7 @@ class CausalSelfAttention(nn.Module):
         if extend is not None:
             k, v, visible = extend(k, v)  # of all tokens so far
         dropout = self.dropout if self.training else 0.0
-        y = self.attend(q, k, v, dropout, visible)  # (B, nh, T, hs)
+        y = self.attend(q, k, v, dropout, visible, self.reach())  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

@@ -32,7 +32,7 @@ import torch
 import configurator
 from data.dataset import EVAL_SEED, Batches, Dataset, Purpose, dropout_seed
 from engine import checkpoint as ckpt
-from engine import layers, ranges, run_folder, runtime, start
+from engine import layers, ranges, run_folder, runtime, sharding, start
 from engine.distill import Trainee
 from engine.divergence import explain, not_done
 from engine.runlog import RunLog, speed
@@ -61,7 +61,8 @@ class Config:
     plot: bool = True  # Draw pictures in out_dir at the end of a run of 100 steps or more
     tensorboard_log: bool = False  # Log to OUT_DIR/tensorboard too
     wandb_log: bool = False  # Log to Weights & Biases too
-    wandb_project: str = "gpt-attention"  # Project in Weights & Biases
+    trackio_log: bool = False  # Log to Trackio too, which keeps its pages on this disk
+    wandb_project: str = "gpt-attention"  # Project in Weights & Biases and in Trackio
     wandb_run_name: str | None = None  # Name of the run there; auto: the name of its folder
 
     # Data
@@ -74,7 +75,7 @@ class Config:
     # Model
     attn_type: str = "SM"  # Attention: one of {ATTN_TYPES}
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
-    attn_decay: Literal["none", "fixed"] = "none"  # fixed: weights fade with distance, per head
+    attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
     mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"  # quad: a x^2 + b x, a and b learned
@@ -114,6 +115,8 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # auto depends on the device
     compile: bool | None = None  # Use torch.compile; auto: on cuda only
     backend: Literal["nccl", "gloo"] | None = None  # Of torch.distributed; auto: nccl on cuda
+    shard: Literal["none", "full"] = "none"  # full: ranks share weights, gradients, optimizer state
+    checkpoint_activations: bool = False  # Compute each block twice, which saves most activations
 
 
 PICTURES_FROM = 100  # steps: pictures take two seconds, too long for a shorter run
@@ -154,7 +157,7 @@ def train_step(
         x, y = batches.next
         if config.dropout > 0:
             torch.manual_seed(dropout_seed(config.seed, step, micro_step))
-        syncs = rt.world_size == 1 or micro_step == micro_steps[-1]
+        syncs = rt.world_size == 1 or rt.shard or micro_step == micro_steps[-1]
         with nullcontext() if syncs else model.no_sync():  # DDP averages gradients once a step
             with rt.autocast():
                 _, loss = model(x, y, with_logits=False)
@@ -166,6 +169,8 @@ def train_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+    if rt.shard:  # ranks have clipped their parts of the gradient
+        norm = norm.full_tensor()
     state = torch.stack([total / len(micro_steps), norm.to(total.device)])
     loss, norm = (value / rt.world_size for value in rt.sum(state))
     # With float16 a gradient may overflow: the scaler skips the step and lowers its scale
@@ -186,13 +191,14 @@ def estimate_loss(model, data: Dataset, rt: runtime.Runtime, config: Config) -> 
     model.eval()
     losses = {}
     for split in data.tokens:
-        of_batch = torch.zeros(config.eval_iters, dtype=torch.float64)  # 0 where other ranks work
-        for i in rt.share(config.eval_iters):
+        rounds = math.ceil(config.eval_iters / rt.world_size)  # by each rank, to gather weights
+        of_batch = torch.zeros(rounds * rt.world_size, dtype=torch.float64)  # 0: of another rank
+        for i in rt.share(len(of_batch)):
             B, T = config.batch_size, model.config.block_size
             x, y = rt.to_device(*data.batch(split, Purpose.EVAL, EVAL_SEED, i, 0, B, T))
             with rt.autocast():
                 of_batch[i] = model(x, y, with_logits=False)[1].item()
-        losses[split] = math.fsum(rt.sum(of_batch)) / config.eval_iters
+        losses[split] = math.fsum(rt.sum(of_batch)[: config.eval_iters]) / config.eval_iters
     model.train()
     return losses
 
@@ -240,7 +246,7 @@ def loop(
     folder, base = run_folder.prepare(run, rt)
     run.checkpoint = run.teacher = None  # free their memory
     log = stack.enter_context(closing(RunLog(folder, config, rt, step)))
-    saver = ckpt.Saver(folder, log.say, step if resumes else None)
+    saver = ckpt.Saver(folder, log.say, step if resumes else None, rt)
 
     def load(step: int, micro_step: int) -> list[torch.Tensor]:
         key = "train", Purpose.TRAIN, config.seed, step, micro_step
@@ -282,13 +288,14 @@ def loop(
 
         # Save
         if save or stop and saver.step != step:
-            if not all(weight.isfinite().all() for weight in model.parameters()):
+            finite = all(sharding.held(w).isfinite().all() for w in model.parameters())
+            if any(rt.sum([float(not finite)])):
                 raise not_done(step + 1, "the weights are not finite", saver.step, folder, config)
             # With adapters, the weights under them are in base.pt
             is_saved = lambda name: not config.lora_rank or ".lora_" in name
             checkpoint = {
-                "model": {k: w for k, w in model.state_dict().items() if is_saved(k)},
-                "optimizer": optimizer.state_dict(),
+                "model": sharding.weights(model, rt, is_saved),
+                "optimizer": sharding.whole(optimizer.state_dict(), rt),
                 "optimizer_is_new": not optimizer.state,
                 "model_args": model.config.model_args(),
                 "iter_num": step,
@@ -300,7 +307,7 @@ def loop(
                 "evaluated": evaluated,
                 **({"base": base} if base else {}),
             }
-            if rt.is_main and not saver.save(checkpoint, is_best) and is_best:
+            if not saver.save(checkpoint, is_best) and is_best:
                 best_val_loss = best_before  # best.pt is still the checkpoint of that loss
         if stop or step >= config.max_iters:
             break
@@ -317,7 +324,7 @@ def loop(
             skipped += 1
             problem = f"loss {loss:.4g} and gradient norm {norm:.4g}"
             if skipped > config.skip_nonfinite:
-                if not trainee.matching:
+                if not trainee.matching and not rt.shard:
                     problem += explain(model, load, step, config, rt)
                 raise not_done(step + 1, problem, saver.step, folder, config)
             log.say(f"step {step + 1}: {problem}: skipped, {skipped} of {config.skip_nonfinite}")
@@ -352,7 +359,7 @@ def main() -> None:
     given = configurator.parse(Config, sys.argv[1:])
     config = Config(**given)
     start.check_dataset_is_named(sys.argv[1:], given, config)
-    machine = config.device, config.dtype, config.compile, config.backend
+    machine = config.device, config.dtype, config.compile, config.backend, config.shard == "full"
     with runtime.session(*machine) as rt, ExitStack() as stack:
         code = train(given, rt, stack)
     if code:

@@ -28,6 +28,7 @@ from configurator import UserError
 from engine.files import whole_file
 from engine.foreign import NUMPY_SCALARS, is_plain, normalise
 from engine.lora import fold_lora, init_adapters
+from engine.sharding import is_sharded, part_like
 from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST, BASE = "ckpt.pt", "previous.pt", "best.pt", "base.pt"
@@ -49,11 +50,11 @@ def save(checkpoint: dict, folder: Path, is_best: bool = False) -> None:
             give_name(Path(file.name), folder / BEST)
 
 
-def save_base(model: GPT, came_from: str, folder: Path) -> dict:
-    """Write folder/base.pt, the model's weights without adapters; return what checkpoints say about
-    it. Raises OSError as `save` does."""
-    state = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
-    args = {k: v for k, v in model.config.model_args().items() if not k.startswith("lora_")}
+def save_base(state: dict, model_args: dict, came_from: str, folder: Path) -> dict:
+    """Write folder/base.pt, a model without its adapters; return what checkpoints say about it.
+    Raises OSError as `save` does."""
+    state = {k: v for k, v in state.items() if ".lora_" not in k}
+    args = {k: v for k, v in model_args.items() if not k.startswith("lora_")}
     with whole_file(folder / BASE, "wb") as file:
         write_sealed({"model": state, "model_args": args}, file)
     return {"came_from": came_from, "sha256": digest(state)}
@@ -95,12 +96,13 @@ class HashedFile:
 
 
 class Saver:
-    """The saves of one run. One that fails, for a full disk say, costs a line and is retried."""
+    """The saves of one run, by its main process; all ranks call the methods, and get the same
+    answers. A save that fails, for a full disk say, costs a line and is retried."""
 
     RETRY = 30.0  # seconds to wait before a save is tried again
 
-    def __init__(self, folder: Path, say: Callable[[str], None], step: int | None):
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path, say: Callable[[str], None], step: int | None, rt):
+        self.folder, self.say, self.rt = folder, say, rt
         self.step = step  # of the newest checkpoint in the folder, None if there is none
         self.retry_at = math.inf  # when the last save is tried again, if it failed
 
@@ -111,13 +113,18 @@ class Saver:
 
     def save(self, checkpoint: dict, is_best: bool) -> bool:
         """Whether the save succeeded."""
-        step = checkpoint["iter_num"]
-        try:
-            save(checkpoint, self.folder, is_best)
-        except OSError as error:
+
+        def problem() -> str | None:
+            try:
+                save(checkpoint, self.folder, is_best)
+            except OSError as error:
+                return str(error.strerror)
+
+        step, reason = checkpoint["iter_num"], self.rt.from_main(problem)
+        if reason:
             self.retry_at = time.monotonic() + self.RETRY
             kept = "there is none yet" if self.step is None else f"the last is of step {self.step}"
-            problem = f"checkpoint of step {step} not saved ({error.strerror}); {kept}"
+            problem = f"checkpoint of step {step} not saved ({reason}); {kept}"
             self.say(f"{problem}; next try in {self.RETRY:.0f} s")
             return False
         self.step, self.retry_at = step, math.inf
@@ -125,7 +132,7 @@ class Saver:
 
     def is_due_again(self) -> bool:
         """Whether it is time to retry a save that failed."""
-        return time.monotonic() >= self.retry_at
+        return self.failed and self.rt.from_main(lambda: time.monotonic() >= self.retry_at)
 
 
 # A zip archive ends in the record END of 22 bytes, whose last two are the length of the comment
@@ -316,10 +323,12 @@ def resume(
         shapes = [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
         for p, keys in zip(parameters, rt.from_main(lambda: shapes), strict=True):
             for key in sorted(keys):
-                if not rt.is_main:
-                    shape, dtype = keys[key]
-                    optimizer.state[p][key] = torch.empty(shape, dtype=dtype, device=p.device)
-                rt.broadcast([optimizer.state[p][key]])
+                shape, dtype = keys[key]
+                whole = torch.empty(shape, dtype=dtype, device=p.device)
+                if rt.is_main:
+                    whole = optimizer.state[p][key].to(p.device)
+                rt.broadcast([whole])
+                optimizer.state[p][key] = part_like(whole, p)
         scaler.load_state_dict(rt.from_main(scaler.state_dict))
     return step, best_val_loss, step if checkpoint.get("evaluated", step) == step else -1
 
@@ -343,7 +352,11 @@ def restore(
                 state = saved["state"].get(index, {})
                 for key in keys if state or not is_new else ():
                     check_moment(key, torch.as_tensor(state[key]), p)
-        optimizer.load_state_dict(saved)
+                if is_sharded(p) and state:  # whole, on the CPU, until `resume` shares it
+                    moments = {key: torch.as_tensor(state[key]).to(p.dtype) for key in keys}
+                    optimizer.state[p] = moments
+        if not optimizer.state:
+            optimizer.load_state_dict(saved)
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

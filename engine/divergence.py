@@ -87,8 +87,8 @@ def polynomial_range(model: GPT, x: Tensor, rt) -> str:
     if (n := ranges.squarings(attn_type)) is None:
         return ""
 
-    def lowest_score(q, k):
-        blocks = ranges.row_blocks(q, k, model.config)
+    def lowest_score(*qkr):
+        blocks = ranges.row_blocks(*qkr, model.config)
         return torch.stack([x[:, causal].min() for x, causal, _ in blocks]).min().item()
 
     end = ranges.range_end(n)

@@ -92,10 +92,9 @@ class Polynomial:
 def decay_rows(model: GPT) -> ndarray:
     """The constants of attn_decay, float64 (block_size, block_size): row i has those by which token
     i weighs the tokens up to itself; 1 without a decay. Only this function knows their source."""
-    config = model.config
-    ones = torch.ones(1, 1, config.block_size, config.block_size, dtype=torch.float64)
-    L = 0 if config.attn_decay == "none" else config.pa_length
-    return decay.apply(ones, None, L)[0, 0].numpy()
+    T, reach = model.config.block_size, model.transformer.h[0].attn.reach()
+    ones = torch.ones(1, 1, T, T, dtype=torch.float64)
+    return decay.apply(ones, None, reach)[0, 0].detach().numpy()
 
 
 def check(config: GPTConfig) -> None:
@@ -107,7 +106,6 @@ def check(config: GPTConfig) -> None:
         "mlp_act": ["quad"],
         "position": ["learned"],
         "qk_norm": [False],
-        "attn_decay": ["none", "fixed"],
     }
     for key, allowed in can_be_folded.items():
         if (value := getattr(config, key)) not in allowed:

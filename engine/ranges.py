@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -45,22 +46,26 @@ def range_end(n: int) -> int:
 
 
 @torch.no_grad()
-def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[[Tensor, Tensor], object]) -> list:
-    """What measure(q, k) returns for each layer, of queries and keys (B, nh, T, hs), in float32 or
-    float64, that `model`, the plain one without compilation and DDP, makes of token ids (B, T)."""
+def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[..., object]) -> list:
+    """What measure(q, k, reach) returns for each layer, of queries and keys (B, nh, T, hs), in
+    float32 or float64, that `model`, the plain one without compilation and DDP, makes of token ids
+    (B, T). `reach` is the layer's, (nh,), or None without a decay."""
     results = []
 
-    def hook(module, inputs, output):
+    def hook(attn, module, inputs, output):
         q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in output)
         with torch.autocast(q.device.type, enabled=False):  # or scores would be half precision
-            results.append(measure(q, k))
+            results.append(measure(q, k, attn.reach()))
 
-    handles = [block.attn.qk.register_forward_hook(hook) for block in model.transformer.h]
+    handles = [
+        block.attn.qk.register_forward_hook(partial(hook, block.attn))
+        for block in model.transformer.h
+    ]
     training = model.training
     model.eval()
     try:
         with rt.autocast():
-            model.hidden(idx, torch.arange(idx.size(1), device=idx.device))
+            model(idx)
     finally:
         model.train(training)
         for handle in handles:
@@ -68,32 +73,33 @@ def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[[Tensor, Tensor], 
     return results
 
 
-def row_blocks(q: Tensor, k: Tensor, config: GPTConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def row_blocks(
+    q: Tensor, k: Tensor, reach: Tensor | None, config: GPTConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """t queries at a time, with the T' keys of their sequence up to the last of them: scores x and
     weights A, (nh, t, T') each, and the causal mask between them, bool (t, T')."""
     variant, L = parse_attn_type(config.attn_type), config.pa_length
-    decays = config.attn_decay != "none"
-    divisor = float(L) ** config.pa_length_power if L and not decays else 1.0
+    divisor = float(L) ** config.pa_length_power if L and reach is None else 1.0
     for b in range(q.size(0)):
         for i in range(0, q.size(2), ROWS):
             block = q[b, :, i : i + ROWS], k[b, :, : i + ROWS]
             x = scores(*block, variant.score if variant else "dot")
             causal = torch.ones(x.shape[1:], dtype=torch.bool, device=x.device).tril(i)
             if variant is None:
-                biased = x + decay.bias(x[None], x.size(-1), None, L) if decays else x
+                biased = x if reach is None else x + decay.bias(x[None], x.size(-1), None, reach)
                 A = biased.masked_fill(~causal, -math.inf).softmax(-1)
             else:
                 if variant.score == "distance":
                     x = x.clamp(max=0)  # above 0 there are rounding errors only
                 A = variant.f(x).masked_fill(~causal, 0) / divisor
-                A = decay.apply(A[None], None, L)[0] if decays else A
+                A = decay.apply(A[None], None, reach)[0]
             yield x, causal, A
 
 
 def measure(model: GPT, idx: Tensor, rt) -> list[dict]:
     """The rows of stats.csv, without the step, for token ids (B, T). See each_layer for `model`."""
     config = model.config
-    layers = each_layer(model, idx, rt, lambda q, k: of_layer(q, k, config).tolist())
+    layers = each_layer(model, idx, rt, lambda *qkr: of_layer(*qkr, config).tolist())
     has_entropy, has_range = config.attn_type == "SM", squarings(config.attn_type)
     empty = ([] if has_range else ["outside"]) + ([] if has_entropy else ["entropy"])
     return [
@@ -103,7 +109,7 @@ def measure(model: GPT, idx: Tensor, rt) -> list[dict]:
     ]
 
 
-def of_layer(q: Tensor, k: Tensor, config: GPTConfig) -> Tensor:
+def of_layer(q: Tensor, k: Tensor, reach: Tensor | None, config: GPTConfig) -> Tensor:
     """The numbers of COLUMNS after `head`, from q and k (B, nh, T, hs): a row for each head. Memory
     holds one block of rows, a few numbers of every row, and the sample for the percentiles."""
     B, _, T, _ = q.shape
@@ -112,7 +118,7 @@ def of_layer(q: Tensor, k: Tensor, config: GPTConfig) -> Tensor:
     n = squarings(config.attn_type)
     lowest = range_end(n) if n else -math.inf
     blocks = defaultdict(list)
-    for x, causal, A in row_blocks(q, k, config):
+    for x, causal, A in row_blocks(q, k, reach, config):
         n_queries, n_keys = causal.shape
         sampled = slice((n_queries - n_keys) % stride, None, stride)  # rows 0, stride, ...
         blocks["sample"].append(x[:, sampled][:, causal[sampled]])
@@ -135,7 +141,7 @@ def of_layer(q: Tensor, k: Tensor, config: GPTConfig) -> Tensor:
 
 def attention_maps(model: GPT, idx: Tensor, rt) -> list[Tensor]:
     """A of each layer, (nh, T, T), for the token ids (1, T) of one text with T <= ROWS."""
-    first_block = lambda q, k: next(row_blocks(q, k, model.config))
+    first_block = lambda *qkr: next(row_blocks(*qkr, model.config))
     return [A.cpu() for _, _, A in each_layer(model, idx, rt, first_block)]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from configurator import ROOT, UserError
 from engine import checkpoint as ckpt
+from engine import sharding
 from engine.files import whole_file
 from engine.runtime import Runtime
 
@@ -38,6 +39,8 @@ def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
     it. Raises UserError if the folder can't be written."""
     config, folder = run.config, run_folder(run.config)
     resumes = config.init_from == "resume"
+    unchanged = run.teacher or (run.model if config.lora_rank else None)
+    base = sharding.weights(unchanged, rt) if unchanged and not resumes else None
     if config.init_from == "finetune":
         rt.print(f"finetune of {config.out_dir}, written to {os.path.relpath(folder)}")
 
@@ -53,8 +56,8 @@ def prepare(run, rt: Runtime) -> tuple[Path, dict | None]:
                 file.write(json.dumps(settings, indent=2) + "\n")
             if resumes:
                 return run.checkpoint.get("base")
-            unchanged = run.teacher or (run.model if config.lora_rank else None)
-            return unchanged and ckpt.save_base(unchanged, str(run.source), folder)
+            args = unchanged and unchanged.config.model_args()
+            return base and ckpt.save_base(base, args, str(run.source), folder)
         except OSError as error:
             problem = f"{folder} can't be written ({error.strerror})"
             raise UserError(f"{problem}; choose another folder, or make room") from error

@@ -1,4 +1,4 @@
-"""The log of a run: log.csv, stats.csv, the terminal, Weights & Biases and TensorBoard."""
+"""The log of a run: log.csv, stats.csv, the terminal, wandb, Trackio and TensorBoard."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ class RunLog:
     ).split()
 
     def __init__(self, folder: Path, config, rt, first_step: int):
-        self.active, self.config, self.folder = rt.is_main, config, folder
+        self.active, self.config, self.folder, self.rt = rt.is_main, config, folder, rt
         self.stats, self.trackers = None, {}
         if not self.active:
             return
@@ -42,7 +42,8 @@ class RunLog:
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         total, hide_bar = config.max_iters, None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=total, initial=first_step, bar_format=form, disable=hide_bar)
-        for wanted, kind in ((config.wandb_log, Wandb), (config.tensorboard_log, TensorBoard)):
+        trackers = (config.wandb_log, Wandb), (config.trackio_log, Trackio)
+        for wanted, kind in (*trackers, (config.tensorboard_log, TensorBoard)):
             name = kind.__name__.lower()
             if wanted and (tracker := self._try(name, kind, folder, config, first_step)):
                 self.trackers[name] = tracker
@@ -60,6 +61,8 @@ class RunLog:
             return function(*args)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, ModuleNotFoundError):
+                reason += f"; install it with  pip install {name}"
             self.say(f"{name} is off: {reason}")
             self.trackers.pop(name, None)
 
@@ -92,8 +95,10 @@ class RunLog:
 
     def write_stats(self, step: int, measure: Callable[[], list[dict]]) -> None:
         """Add the rows that `measure` returns, unless those of this step are already there."""
-        if self.active and step > int(self.stats.last.get("step", -1)):
-            rows = [{"step": step, **row} for row in measure()]
+        if not self.rt.from_main(lambda: step > int(self.stats.last.get("step", -1))):
+            return
+        rows = [{"step": step, **row} for row in measure()]  # by all ranks, which may share weights
+        if self.active:
             self.stats.write(rows)
             self._track("log", ranges.per_layer(rows), step)
 
@@ -205,6 +210,21 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+class Trackio(Wandb):
+    """Trackio has the functions of wandb. It keeps runs on this disk, and knows them by name."""
+
+    def __init__(self, folder: Path, config, first_step: int):
+        import trackio
+
+        self.wandb = trackio
+        self.run = trackio.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or folder.name,
+            config=asdict(config),
+            resume="allow" if first_step > 0 else "never",
+        )
 
 
 class TensorBoard:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+from engine import sharding
 
 TIMEOUT = timedelta(minutes=10)  # for operations among ranks: a rank that hangs ends the run
 
@@ -40,6 +41,7 @@ class Runtime:
     local_rank: int = 0  # among the ranks of this node
     restarts: int = 0  # how often torchrun has started these processes again
     launch: str = ""  # one torchrun and its restarts, known by --rdzv-id or by its process
+    shard: bool = False  # whether each rank holds a part of a model, rather than all of it
 
     @property
     def device_type(self) -> str:
@@ -52,14 +54,23 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass; a no-op in float32."""
-        low = self.dtype != "float32"
-        return torch.autocast(self.device_type, getattr(torch, self.dtype), enabled=low)
+        low, dtype = self.dtype != "float32", getattr(torch, self.dtype)
+        # The cache would keep the converted weights of every block, though each is used once
+        return torch.autocast(self.device_type, dtype, enabled=low, cache_enabled=not self.shard)
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Move batches; on CUDA from pinned memory, without waiting for the GPU."""
         if self.device_type == "cuda":
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Move a GPT to the device, with the weights of the main process; sharded if wanted."""
+        if self.shard:
+            sharding.shard(model, self)
+        else:
+            model.to(self.device)
+            self.broadcast(list(model.state_dict().values()))
 
     def compiled(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, compiled if that was asked for."""
@@ -68,11 +79,15 @@ class Runtime:
         if self.device_type == "cpu":  # or an embedding's gradient is summed in any order
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-        return torch.compile(model)
+        if not self.shard:
+            return torch.compile(model)
+        for block in model.transformer.h:  # the gathering of weights, around it, is not compiled
+            block.compile()
+        return model
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model to train: under DDP, if there are several ranks."""
-        if self.world_size > 1:
+        """The model to train: under DDP, if there are several ranks and it is not sharded."""
+        if self.world_size > 1 and not self.shard:
             devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
             # Buffers are equal on all ranks between steps, see layers.track
             model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
@@ -208,11 +223,15 @@ class Interrupt:
 
 @contextmanager
 def session(
-    device: str | None, dtype: str | None, compile: bool | None, backend: str | None
+    device: str | None,
+    dtype: str | None,
+    compile: bool | None,
+    backend: str | None,
+    shard: bool = False,
 ) -> Iterator[Runtime]:
     """`start`, and on the way out `close`. Memory that runs out becomes a UserError. A rank that
     misses another one ends with exit code 1, so that torchrun can restart them."""
-    rt = start(device, dtype, compile, backend)
+    rt = start(device, dtype, compile, backend, shard)
     keep_freed_memory(rt.device_type)
     try:
         yield rt
@@ -274,7 +293,11 @@ def limit_threads(parameters: int, tokens: int) -> None:
 
 
 def start(
-    device: str | None, dtype: str | None, compile: bool | None, backend: str | None = None
+    device: str | None,
+    dtype: str | None,
+    compile: bool | None,
+    backend: str | None = None,
+    shard: bool = False,
 ) -> Runtime:
     """Find the device and join torchrun's process group, if there is one. Raises UserError for a
     device that this machine does not have."""
@@ -314,4 +337,4 @@ def start(
     if launch == "none":
         launch = f"child of {os.getppid()}"  # torchrun's own process
     ranks = rank, world_size, local_rank, number("TORCHELASTIC_RESTART_COUNT")
-    return Runtime(device, dtype or "float32", bool(compile), *ranks, launch)
+    return Runtime(device, dtype or "float32", bool(compile), *ranks, launch, shard)

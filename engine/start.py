@@ -27,7 +27,7 @@ from data.dataset import Dataset, Purpose
 from data.meta import DATA_DIR, known_datasets
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
-from engine import layers
+from engine import layers, sharding
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
 from engine.runtime import Runtime
 from model import GPT, GPTConfig, choose
@@ -43,7 +43,7 @@ AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
 PER_LAUNCH = set(
     "out_dir save_dir init_from eval_only datasets eval_stride data_dir device dtype compile "
-    "backend attn_impl allow_mismatch skip_nonfinite".split()
+    "backend attn_impl allow_mismatch skip_nonfinite checkpoint_activations shard".split()
 )
 # What a resumed run must share with the run before, to end where that one would have ended
 TRAJECTORY = (
@@ -75,6 +75,10 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     be had, or does not go together."""
     given = after_restart(config_class, given, rt)
     config, checkpoint, path = read_config(config_class, given, rt)
+    steps = checkpoint.get("iter_num", 0) if config.init_from == "resume" else 0
+    if rt.shard and (config.init_from == "distill" or steps < matching_steps(config)):
+        problem = "shard=full can't match a teacher's attention"
+        raise UserError(f"{problem}; use --shard=none for those steps, and then --init_from=resume")
     data = None if config.datasets else open_data(config, rt)
     if data and rt.world_size > 1:
         check_same_everywhere(data, rt)
@@ -96,23 +100,22 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         match_architecture(model, given, source, resumes=config.init_from == "resume")
         if data:
             data.check_model(model.config.vocab_size, tokenizer_meta, source)
-    model.to(rt.device)
-    rt.broadcast(list(model.state_dict().values()))
+    rt.place(model)
 
     teacher = None
     if config.init_from == "distill":
         run_folder(config)  # refuses the folder of the teacher
         model, teacher = student_of(model, config, given).to(rt.device), model
-    norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
-    if data and model.config.norm == "fixed" != norm_before:
-        B, T = config.batch_size, model.config.block_size
-        batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
-        layers.calibrate(model, *rt.to_device(batch[0]), rt)
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(model.config, key))
     config.distill_iters = matching_steps(config) if config.teacher else None
     if data:
         data.check_length(config.block_size)
+    norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
+    if data and model.config.norm == "fixed" != norm_before:
+        B, T = config.batch_size, model.config.block_size
+        batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
+        layers.calibrate(model, *rt.to_device(batch[0]), rt)
     trains = data and not config.eval_only
     fingerprint = rt.from_main(data.fingerprint) if trains else None
     if config.init_from == "resume" and trains:
@@ -121,8 +124,10 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         if checkpoint.get("iter_num", 0) < matching_steps(config):
             base = checkpoint.get("base")
             loaded = rt.from_main(lambda: ckpt.load_base(path.parent, base), ckpt.without_tensors)
-            teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE)).to(rt.device)
-            rt.broadcast(list(teacher.state_dict().values()))
+            teacher = ckpt.build_model(loaded, path.with_name(ckpt.BASE))
+            rt.place(teacher)
+    if config.checkpoint_activations:
+        sharding.checkpoint_activations(model)
     return Start(config, model, source, tokenizer_meta, data, fingerprint, checkpoint, teacher)
 
 
@@ -186,6 +191,11 @@ def check(config) -> None:
         GPTConfig(**{key: getattr(config, key) for key in ARCHITECTURE}, **model_overrides(config))
     except ValueError as error:
         raise UserError(error) from error
+    for key in ("out_dir", "save_dir", "teacher"):
+        path = Path(getattr(config, key) or "")
+        if path.is_file():
+            problem = f"{key}={path} is a file, but a run is named by its folder"
+            raise UserError(f"{problem}; pass --{key}={path.parent}")
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
         if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
@@ -198,6 +208,10 @@ def check(config) -> None:
         raise UserError("init_from=distill needs a teacher: pass --teacher=OUT, or --teacher=gpt2")
     if config.teacher is not None and config.init_from not in ("distill", "resume"):
         raise UserError("teacher is for --init_from=distill")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.shard == "full" and (ranks == 1 or config.datasets):
+        problem = "shard=full shares a model in training among the ranks of torchrun"
+        raise UserError(f"{problem}; leave it out for one rank, and with --datasets")
     if config.save_dir is not None and config.init_from != "finetune":
         raise UserError("save_dir is for --init_from=finetune; other runs write to out_dir")
     # A run that nanoGPT has trained with a rising rate may go on with it
@@ -206,7 +220,7 @@ def check(config) -> None:
         problem = f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}"
         repair = "pass a lower one, or --min_lr=none for a tenth of the learning rate"
         raise UserError(f"{problem}; {repair}")
-    steps, ranks = config.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
+    steps = config.gradient_accumulation_steps
     if not config.eval_only and steps % ranks:
         problem = f"gradient_accumulation_steps={steps} can't be shared among {ranks} ranks"
         raise UserError(f"{problem}; pass a multiple of {ranks}")
@@ -361,10 +375,10 @@ def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
 def from_gpt2(config, given: dict) -> Weights:
     """The weights of a GPT-2 of transformers, or of a folder that export.py wrote."""
     name = config.init_from
-    run = Path(name).parent if Path(name).name == ckpt.LATEST else Path(name)
+    run = Path(name).parent if Path(name).suffix == ".pt" else Path(name)
     if holds_checkpoint(run):
         repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
-        raise UserError(f"init_from={name} is the folder of a run; {repair}")
+        raise UserError(f"init_from={name} is a run, which its folder names; {repair}")
     overrides = {key: value for key, value in model_overrides(config).items() if key in given}
     try:
         model = GPT.from_pretrained(name, overrides, given.get("block_size"))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.compiled import PART, compiled_tile
-from kernels.decay import TileDecay
+from kernels.decay import TileDecay, with_gradient_of_reach
 
 aten = torch.ops.aten
 
@@ -205,7 +205,7 @@ class Tiles:
 
     def __init__(
         self, q: Tensor,
-        seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
+        seed: Tensor | None, name: str, divisor: float, dropout: float, reach: Tensor | None,
     ):  # fmt: skip
         score, self.f_ = REGISTERED[name]
         self.distance = score == "distance"
@@ -221,12 +221,12 @@ class Tiles:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.narrow = q.dtype if q.is_cuda else self.wide
         compilable = self.distance and self.wide == torch.float32 and q.device.type == "cpu"
-        self.tile = one_pass(self.f_, decay_length > 0) if compilable else None
+        self.tile = one_pass(self.f_, reach is not None) if compilable else None
         self.parts = math.ceil(min(self.size, T) / PART) if self.tile else 1
         self.device, self.memory = q.device, {}
         self.decay, self.first = None, 0  # the first head of the group that this tile needs
-        if decay_length:
-            self.decay = TileDecay(nh, decay_length, T, self.size, self.wide, q.device)
+        if reach is not None:
+            self.decay = TileDecay(reach, T, self.size, self.wide, q.device)
         if dropout:
             # Forward and backward walk the tiles in the same order: same seed, same masks
             self.generator = torch.Generator(q.device).manual_seed(int(seed))
@@ -352,12 +352,12 @@ REGISTERED = {}  # name -> (score, f_), since an operator takes strings but no f
 @torch.library.custom_op("pointwise::blockwise", mutates_args=())
 def blockwise_forward(
     q: Tensor, k: Tensor, v: Tensor,
-    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, reach: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """y (B, nh, T, hs) as defined at the top of this file."""
     y = empty_heads_last(q)
     with torch.autocast(q.device.type, enabled=False):
-        t = Tiles(q, seed, name, divisor, dropout, decay_length)
+        t = Tiles(q, seed, name, divisor, dropout, reach)
         for b, h in t.groups:
             k_rows, y_rows = t.rows(k[b, h]), t.rows(y[b, h])
             t.take_rows(q[b, h], h)
@@ -378,12 +378,12 @@ def blockwise_forward(
 @torch.library.custom_op("pointwise::blockwise_backward", mutates_args=())
 def blockwise_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    seed: Tensor | None, name: str, divisor: float, dropout: float, decay_length: int,
+    seed: Tensor | None, name: str, divisor: float, dropout: float, reach: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
     dq, dk, dv = (empty_heads_last(q) for _ in range(3))
     with torch.autocast(q.device.type, enabled=False):
-        t = Tiles(q, seed, name, divisor, dropout, decay_length)
+        t = Tiles(q, seed, name, divisor, dropout, reach)
         alpha, dy = t.c * t.scale, (dy / t.decay.sums).to(q.dtype) if t.decay else dy
         for b, h in t.groups:
             q_rows, k_rows, v_rows = t.rows(q[b, h]), t.rows(k[b, h]), t.rows(v[b, h])
@@ -416,39 +416,44 @@ def blockwise_backward(
 
 
 @blockwise_forward.register_fake
-def _(q, k, v, seed, name, divisor, dropout, decay_length):
+def _(q, k, v, seed, name, divisor, dropout, reach):
     return empty_heads_last(q)
 
 
 @blockwise_backward.register_fake
-def _(dy, q, k, v, seed, name, divisor, dropout, decay_length):
+def _(dy, q, k, v, seed, name, divisor, dropout, reach):
     return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, seed, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, seed)
+    q, k, v, seed, *ctx.settings, reach = inputs
+    ctx.save_for_backward(q, k, v, seed, reach)
 
 
 def _backward(ctx, dy):
-    return *blockwise_backward(dy, *ctx.saved_tensors, *ctx.settings), *[None] * 5
+    *tensors, reach = ctx.saved_tensors
+    return *blockwise_backward(dy, *tensors, *ctx.settings, reach), *[None] * 5
 
 
 blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def attention(name: str, variant, divisor: float, decay_length: int = 0) -> Callable[..., Tensor]:
-    """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. `decay_length` is
-    the L of the public decay; 0 is without one. Returns a callable (q, k, v, dropout=0.0) -> y for
-    q, k, v (B, nh, T, hs) of one dtype and any strides. y has the same shape, with its heads last
+def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
+    """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. Returns a callable
+    (q, k, v, dropout=0.0, reach=None) -> y for q, k, v (B, nh, T, hs) of one dtype and any strides,
+    and with a public decay the reach of each head, (nh,). y has the shape of q, with its heads last
     in memory; dropout is of weights. A later call with the same name and another entry changes what
     the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    def by_tiles(q: Tensor, k: Tensor, v: Tensor, dropout: float, reach: Tensor | None) -> Tensor:
         # The seed comes from torch's own generator, so that a seed and a checkpoint reproduce it
         seed = torch.randint(2**62, (), device="cpu") if dropout else None
-        return blockwise_forward(q, k, v, seed, name, divisor, dropout, decay_length)
+        return blockwise_forward(q, k, v, seed, name, divisor, dropout, reach)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, reach=None) -> Tensor:
+        learned = reach is not None and reach.requires_grad
+        return (with_gradient_of_reach(by_tiles) if learned else by_tiles)(q, k, v, dropout, reach)
 
     return attend

@@ -4,15 +4,17 @@ The public decay: every head weighs what lies d tokens back by gamma^d, whatever
     A[i, j] = f(x[i, j]) gamma^(i - j) / s_i       s_i = gamma^0 + gamma^1 + ... + gamma^i
     A[i, j] = softmax over j of x[i, j] - (i - j) / r       for softmax: the bias of ALiBi
 
-gamma = exp(-1 / r), where r is the reach of the head in tokens. The reaches of a layer grow
+gamma = exp(-1 / r), where r is the reach of the head in tokens. The fixed reaches of a layer grow
 geometrically from 2 tokens to L / 2, the shortest first; a single head has their geometric mean,
 sqrt(L). L is the block_size of training: no weight depends on the length of the present input.
+Learned reaches start there; once trained they are constants too.
 
-Shapes: B batch, nh heads, T sequence length; t queries belong to the last t of T tokens.
+Shapes: B batch, nh heads, T sequence length; t queries belong to the last t of T tokens. `reach` is
+r of each head, (nh,), or None without a decay.
 """
 
 import math
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,13 +22,11 @@ from torch import Tensor
 SHORTEST = 2.0  # tokens
 
 
-@cache
-def reaches(nh: int, L: int) -> tuple[float, ...]:
-    """r of each head, in ascending order."""
+def fixed_reach(nh: int, L: int) -> Tensor:
+    """r of each head, in ascending order, (nh,) in float64."""
     longest = max(SHORTEST, L / 2)
-    if nh == 1:
-        return (math.sqrt(SHORTEST * longest),)
-    return tuple(SHORTEST * (longest / SHORTEST) ** (h / (nh - 1)) for h in range(nh))
+    powers = [h / (nh - 1) for h in range(nh)] if nh > 1 else [0.5]
+    return torch.tensor([SHORTEST * (longest / SHORTEST) ** p for p in powers], dtype=torch.float64)
 
 
 def row_sums(reach: Tensor, i: Tensor) -> Tensor:
@@ -34,33 +34,52 @@ def row_sums(reach: Tensor, i: Tensor) -> Tensor:
     return torch.expm1(-(i + 1) / reach) / torch.expm1(-1 / reach)
 
 
-def steps_back(like: Tensor, T: int, visible: Tensor | None, L: int) -> tuple[Tensor, ...]:
+def steps_back(like: Tensor, T: int, visible: Tensor | None, reach: Tensor) -> tuple[Tensor, ...]:
     """r (nh, 1, 1), positions i of the queries, positions j of the keys, and i - j, which is 0 for
     j > i. `like`, (B, nh, t, anything), is at least float32; `visible`, bool (B, 1, t, T), says how
     many of the T keys each query sees, None that the t queries are those of the last tokens."""
-    nh, t = like.shape[1:3]
-    reach = torch.tensor(reaches(nh, L), dtype=like.dtype, device=like.device)[:, None, None]
+    t, reach = like.size(2), reach.to(like.device, like.dtype)[:, None, None]
     j = torch.arange(T, device=like.device)
     i = j[T - t :, None] if visible is None else visible.sum(-1, keepdim=True) - 1
     return reach, i, j, (i - j).clamp(min=0)
 
 
-def apply(A: Tensor, visible: Tensor | None, L: int) -> Tensor:
-    """A gamma^(i - j) / s_i, for A (B, nh, t, T) in float32 or float64; A itself if L = 0."""
-    if L == 0:
+def apply(A: Tensor, visible: Tensor | None, reach: Tensor | None) -> Tensor:
+    """A gamma^(i - j) / s_i, for A (B, nh, t, T) in float32 or float64."""
+    if reach is None:
         return A
-    reach, i, _, distance = steps_back(A, A.size(-1), visible, L)
+    reach, i, _, distance = steps_back(A, A.size(-1), visible, reach)
     return A * (torch.exp(-distance / reach) / row_sums(reach, i))
 
 
-def bias(q: Tensor, T: int, visible: Tensor | None, L: int) -> Tensor | None:
+def bias(q: Tensor, T: int, visible: Tensor | None, reach: Tensor | None) -> Tensor | None:
     """-(i - j) / r, and -inf where query i does not see key j, which broadcasts to (B, nh, t, T),
-    in the dtype of q (B, nh, t, hs); `visible` itself if L = 0."""
-    if L == 0:
+    in the dtype of q (B, nh, t, hs); `visible` itself without a decay."""
+    if reach is None:
         return visible
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
-    reach, i, j, distance = steps_back(wide, T, visible, L)
+    reach, i, j, distance = steps_back(wide, T, visible, reach)
     return (-distance / reach).masked_fill(j > i, -math.inf).to(q.dtype)
+
+
+def with_gradient_of_reach(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attend`, a callable (q, k, v, dropout, reach) -> y that treats the reach as a constant, made
+    differentiable in it. Let g be gamma, and g0 the same number as a constant:
+
+        y_i = (g / g0)^i s0_i / s_i  sum_j f(x_ij) g0^(i - j) / s0_i  (g0 / g)^j v_j
+
+    The factors of v and of y are exactly 1, and their gradients are those of gamma: differences of
+    sums T / r times as large, which half precision is too coarse for."""
+
+    def differentiable(q, k, v, dropout, reach):
+        j = torch.arange(v.size(2), device=reach.device)[:, None]  # (T, 1)
+        change = (1 / reach - 1 / reach.detach())[:, None, None]  # log(g0 / g) = 0
+        s = row_sums(reach[:, None, None], j)  # (nh, T, 1)
+        v = (v * torch.exp(j * change)).to(v.dtype)
+        y = attend(q, k, v, dropout, reach.detach())
+        return (y * (torch.exp(-j * change) * (s.detach() / s))).to(y.dtype)
+
+    return differentiable
 
 
 class TileDecay:
@@ -68,22 +87,23 @@ class TileDecay:
     below 2^-30 in float32, or 2^-60 in float64, count as nothing: a tile that has no larger one is
     not computed, so that a head of short reach takes linear time in T."""
 
-    def __init__(self, nh: int, L: int, T: int, size: int, dtype: torch.dtype, device):
-        self.T, self.size, self.reach = T, size, reaches(nh, L)
+    def __init__(self, reach: Tensor, T: int, size: int, dtype: torch.dtype, device):
+        reach = reach.double().cpu()
+        self.T, self.size, self.reach = T, size, reach.tolist()
         self.bits = 60 if dtype == torch.float64 else 30
         # powers[h, m] = gamma^(T - 1 - m): the factors of a row of a tile are neighbours, and those
         # of the row below begin one place before. No exponent is negative, so nothing overflows: it
         # is 0 for the hidden j > i.
         exponents = torch.arange(T - 1, -size, -1, dtype=torch.float64).clamp_(min=0)
-        reach = torch.tensor(self.reach, dtype=torch.float64)[:, None]
-        powers = torch.exp(-exponents / reach)
+        powers = torch.exp(-exponents / reach[:, None])
         powers[powers < 2.0**-90] = 0  # denormal numbers would be slow
         self.powers = powers.to(device, dtype)
-        self.sums = row_sums(reach, torch.arange(T)).to(device, dtype)[..., None]  # (nh, T, 1)
+        sums = row_sums(reach[:, None], torch.arange(T))
+        self.sums = sums.to(device, dtype)[..., None]  # (nh, T, 1)
 
     def first(self, h: slice, i: int, j: int) -> int | None:
         """The first of the heads h that reaches from row block i to column block j; None if none
-        does. All heads after it do."""
+        does. The heads after it count as reaching too: reaches begin in ascending order."""
         distance = (i - j - 1) * self.size + 1  # of the nearest pair
         nearest = distance / (self.bits * math.log(2))
         heads = self.reach[h]

@@ -17,8 +17,8 @@ Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formul
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -219,8 +219,7 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
-# relative to the first position of a block. On the diagonal one of them exceeds 1: at the shortest
-# reach, 2 tokens, and 128 positions by 2^92 at most, which float32 holds.
+# relative to a position between them, so that neither exceeds 1. On the diagonal there is none.
 
 
 @triton.jit
@@ -234,6 +233,14 @@ def row_factors(S, rows, T, rate, origin):
 def column_factors(cols, rate, origin):
     """2^(rate (j - origin)) for these columns j."""
     return tl.exp2(rate * (cols - origin).to(tl.float32))
+
+
+@triton.jit
+def diagonal_factors(S, rows, cols, T, rate):
+    """2^(-rate (i - j)) / s_i of a tile, from rows and columns that broadcast to it. For j > i the
+    result, perhaps infinite, is not to be used."""
+    s = tl.load(S + rows, rows < T, other=1.0)
+    return tl.exp2(rate * (cols - rows).to(tl.float32)) / s
 
 
 @triton.jit
@@ -295,7 +302,9 @@ def forward_kernel(
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            if DECAY:
+            if DECAY and DIAGONAL:
+                A *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
+            elif DECAY:
                 A *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
@@ -306,13 +315,17 @@ def forward_kernel(
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, dY, dQ, Q_norm, K_norm, Rates, S,
+    Q, K, V, dY, dQ, Q_norm, K_norm, Moments, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
-    distance's, and adds up G as rounded for the first, so that what should cancel does."""
+    distance's, and adds up G as rounded for the first, so that what should cancel does.
+
+    LEARNED asks for sum_j P_ij and sum_j P_ij (i - j) too, with P_ij = A_ij dy_i . v_j, from which
+    the gradient of the decay follows."""
     rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
     Q, K, V, dY, dQ = Q + start, K + start, V + start, dY + y_start, dQ + y_start
     Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
@@ -330,6 +343,8 @@ def dq_kernel(
         nearest = tl.maximum(first_row - reach_in_blocks(rate, BLOCK_M) * BLOCK_M, 0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    P_sum = tl.zeros((BLOCK_M,), tl.float32)
+    P_moment = tl.zeros((BLOCK_M,), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else nearest
         end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
@@ -338,10 +353,19 @@ def dq_kernel(
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            _, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            G = slope * tl.dot(dy, tl.trans(v), input_precision="ieee")
-            if DECAY:
-                G *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
+            if DECAY and DIAGONAL:
+                dA *= diagonal_factors(S, rows[:, None], cols[None, :], T, rate)
+            elif DECAY:
+                dA *= row_factor[:, None] * column_factors(cols, rate, first_row)[None, :]
+            if LEARNED:
+                P = A * dA
+                if DIAGONAL:
+                    P = tl.where(rows[:, None] >= cols[None, :], P, 0.0)
+                P_sum += tl.sum(P, axis=1)
+                P_moment += tl.sum(P * (rows[:, None] - cols[None, :]), axis=1)
+            G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
             G = G.to(k.dtype)
@@ -354,6 +378,10 @@ def dq_kernel(
         tl.debug_barrier()
         q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
         dq -= row_sum[:, None] * q.to(tl.float32)
+    if LEARNED:
+        Moments += 2 * (norm_start + rows)
+        tl.store(Moments, P_sum, rows < T)
+        tl.store(Moments + 1, P_moment, rows < T)
     store_rows(dQ, first_row, T, nh * HS, dq * (c / divisor), BLOCK_M, HS, BLOCK_D)
 
 
@@ -384,7 +412,7 @@ def dkv_kernel(
     farthest = T  # the rows from here on are beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
-        column_factor = column_factors(cols, rate, first_col)
+        column_factor = column_factors(cols, rate, first_col + BLOCK_N)
         farthest = first_col + (1 + reach_in_blocks(rate, BLOCK_N)) * BLOCK_N
         farthest = tl.minimum(farthest, T)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -401,8 +429,11 @@ def dkv_kernel(
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
             G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
             if DECAY:
-                row_factor = row_factors(S, rows, T, rate, first_col)
-                factor = column_factor[:, None] * row_factor[None, :]
+                if BELOW:
+                    row_factor = row_factors(S, rows, T, rate, first_col + BLOCK_N)
+                    factor = column_factor[:, None] * row_factor[None, :]
+                else:
+                    factor = diagonal_factors(S, rows[None, :], cols[:, None], T, rate)
                 A *= factor
                 G *= factor
             if RAGGED:
@@ -543,15 +574,20 @@ def refusal(
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, decay_length: int = 0
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None
 ) -> Tensor:
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
     y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
     (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
     different strides are copied first. Differentiable once, and the same bit for bit in every run.
-    `decay_length` is the L of a public decay; 0 is without one. Raises ValueError where `refusal`
-    has a reason."""
-    return _forward(q, k, v, name, float(divisor), decay_length)[0]
+    `reach`, (nh,), is that of a public decay; if it requires a gradient, it gets one. Raises
+    ValueError where `refusal` has a reason."""
+    return _forward(q, k, v, name, float(divisor), *_decay(reach, q))[0]
+
+
+def attention(name: str, divisor: float) -> Callable[..., Tensor]:
+    """`triton_attention` as a callable (q, k, v, dropout, reach) -> y; dropout has to be 0."""
+    return lambda q, k, v, dropout, reach: triton_attention(q, k, v, name, divisor, reach)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
@@ -574,17 +610,22 @@ def _norms(q: Tensor, name: str) -> Tensor:
     return q.new_empty(shape, dtype=torch.float32)
 
 
-@lru_cache(maxsize=16)
-def _decay(nh: int, T: int, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _moments(q: Tensor, learned: bool) -> Tensor:
+    return q.new_empty((*q.shape[:3], 2) if learned else 0, dtype=torch.float32)
+
+
+def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the kernels read of a decay: log2(e) / r (nh,) and s_i (nh, T), in float32."""
-    reach = torch.tensor(decay.reaches(nh, L), dtype=torch.float64)
-    sums = decay.row_sums(reach[:, None], torch.arange(T))
-    return (math.log2(math.e) / reach).float().to(device), sums.float().to(device)
+    if reach is None:
+        return None, None
+    sums = decay.row_sums(reach[:, None], torch.arange(q.size(2), device=reach.device))
+    return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
 
 
 def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float, decay_length: int
-) -> None:
+    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    rates: Tensor | None, sums: Tensor | None,
+) -> None:  # fmt: skip
     """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
     q = tensors[0]
     score, f, unit, n = parse(name)
@@ -592,20 +633,25 @@ def _launch(
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
-    ragged = {"RAGGED": T % blocks.BLOCK_M != 0} if kernel == "dkv" else {}
+    own = {}
+    if kernel == "dkv":
+        own["RAGGED"] = T % blocks.BLOCK_M != 0
+    if kernel == "dq":
+        own["LEARNED"] = tensors[-1].numel() > 0
     # Without a decay its pointers are not followed
-    of_decay = _decay(nh, T, decay_length, q.device) if decay_length else tensors[-2:]
+    of_decay = tensors[-2:] if rates is None else (rates, sums)
     KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
         *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", DECAY=decay_length > 0, HS=hs,
-        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **ragged,
+        f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
+        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **own,
     )  # fmt: skip
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, decay_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
+    rates: Tensor | None, sums: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, name)
     q, k, v = _one_set_of_strides(q, k, v)
@@ -618,12 +664,12 @@ def _forward(
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, decay_length)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, sums)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, decay_length):
+def _(q, k, v, name, divisor, rates, sums):
     _check(q, k, v, name)
     return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
@@ -631,30 +677,41 @@ def _(q, k, v, name, divisor, decay_length):
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, decay_length: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols)."""
+    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols). The last
+    result, (B, nh, T, 2), is dq_kernel's for the gradient of a decay if `learned`, else empty."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
+    moments = _moments(q, learned)
     with torch.cuda.device_of(q):
-        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, decay_length)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm), name, divisor, decay_length)
-    return dq, dk, dv
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
+    return dq, dk, dv, moments
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, decay_length):
-    return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums, learned):
+    return *(empty_heads_last(q) for _ in range(3)), _moments(q, learned)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.formula = inputs
-    ctx.save_for_backward(q, k, v, *output[1:])
+    q, k, v, *ctx.formula, rates, sums = inputs
+    ctx.save_for_backward(q, k, v, *output[1:], rates, sums)
 
 
 def _gradients(ctx, dy, *_):
-    return *_backward(dy, *ctx.saved_tensors, *ctx.formula), None, None, None
+    *tensors, rates, sums = ctx.saved_tensors
+    learned = ctx.needs_input_grad[-2]
+    dq, dk, dv, moments = _backward(dy, *tensors, *ctx.formula, rates, sums, learned)
+    d_rates = d_sums = None
+    if learned:  # y_i = sum_j 2^(-rate (i - j)) / s_i ...
+        P_sum, P_moment = moments.unbind(-1)
+        scale = 1 / ctx.formula[1]
+        d_rates = -math.log(2) * scale * P_moment.sum((0, 2))
+        d_sums = -scale * P_sum.sum(0) / sums
+    return dq, dk, dv, None, None, d_rates, d_sums
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -675,9 +732,9 @@ def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
     """Time every candidate on these inputs, and use the fastest for their head size until the
     process ends. Returns them by kernel. It takes minutes, most of them to compile."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = _forward(q, k, v, name, 1.0, 0)
-    forward = lambda: _forward(q, k, v, name, 1.0, 0)
-    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, 0)
+    y, *norms = _forward(q, k, v, name, 1.0, None, None)
+    forward = lambda: _forward(q, k, v, name, 1.0, None, None)
+    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None, False)
     fastest = {}
     for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
         key, times = (kernel, max(64, padded(q.size(-1)))), {}

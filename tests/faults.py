@@ -1,7 +1,7 @@
 """
 Fault injection: what can happen to a run, done to real processes of train.py, with counts.
 
-    python tests/faults.py            # make faults: every row, about five minutes on 2 cores
+    python tests/faults.py            # make faults: every row, about six minutes on 2 cores
     python tests/faults.py sigkill    # rows whose name begins so
 
 A row is a function that yields (case, None or what went wrong). The reference of a digest is a run
@@ -524,6 +524,29 @@ def world_sizes():
     yield "SIGTERM, then 1 rank", nearly_same("term", "world-reference")
 
 
+def sharded():
+    """Rank 1 of 2 killed under --shard=full; sharded -> 1 rank"""
+    args = [*DISTRIBUTED, "--shard=full", "--checkpoint_activations"]
+    finish_two_ranks(*args, "--out_dir=shard-reference")
+    agent = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    process = torchrun(*args, "--out_dir=shard", agent=agent)
+    wait_for(lambda: last_step("shard") >= 12, process)
+    os.kill(workers("shard")[1], signal.SIGKILL)
+    code, out, err = process.end()
+    resumed = "restarted: going on with shard" in out
+    yield "restart", None if code == 0 and resumed else f"exit code {code}: {out} {err[-800:]}"
+    yield "end", same_digest("shard", "shard-reference")
+    process = torchrun(*args, "--out_dir=shard-term")
+    wait_for(lambda: last_step("shard-term") >= 12, process)
+    process.kill(signal.SIGTERM)
+    process.end()
+    step = ckpt.load(WORK / "shard-term" / ckpt.LATEST)["iter_num"]
+    yield "SIGTERM", None if 12 <= step < 60 else f"saved at step {step}"
+    finish(*DISTRIBUTED, "--out_dir=shard-term", "--init_from=resume")
+    yield "SIGTERM, then 1 rank", nearly_same("shard-term", "shard-reference")
+    yield "orphans", None if not workers("shard") else "processes are left"
+
+
 def two_agents():
     """Two torchrun agents on localhost, one rank killed"""
     args = DISTRIBUTED
@@ -639,6 +662,7 @@ ROWS = [
     malicious,
     killed_rank,
     world_sizes,
+    sharded,
     two_agents,
     fuzz,
 ]

@@ -266,7 +266,7 @@ def test_gradients_agree_with_finite_differences(name, small_tiles):
 def test_torch_library_accepts_the_operators(variant, dropout, small_tiles):
     blockwise.attention("PA_checked", variant, 1.0)
     q, k, v, dy = inputs(2, 3, 6, 4)
-    args = torch.tensor(5) if dropout else None, "PA_checked", 1.0, dropout, 0
+    args = torch.tensor(5) if dropout else None, "PA_checked", 1.0, dropout, None
     torch.library.opcheck(blockwise.blockwise_forward, (q, k, v, *args))
     q, k, v = q.detach(), k.detach(), v.detach()
     torch.library.opcheck(blockwise.blockwise_backward, (dy, q, k, v, *args))
@@ -307,7 +307,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_grows_with_T_not_with_its_square(name, monkeypatch):
     size, hs = 16, 4
     monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (size, 1))
-    args = None, name, DIVISOR, 0.0, 0
+    args = None, name, DIVISOR, 0.0, None
     attention(name)
     for T in (64, 128):
         q, k, v, dy = (t.detach() for t in inputs(1, 1, T, hs, torch.float32))

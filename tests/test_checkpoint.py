@@ -8,6 +8,7 @@ import torch
 
 from configurator import UserError
 from engine import checkpoint as ckpt
+from engine.runtime import Runtime
 from model import GPT, GPTConfig
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=11, dropout=0.0)
@@ -91,7 +92,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_reason_told(tmp_path):
 def test_a_saver_reports_a_failure_and_tries_again(tmp_path, monkeypatch):
     _, saved = nanogpt_checkpoint()
     said = []
-    saver = ckpt.Saver(tmp_path, said.append, None)
+    saver = ckpt.Saver(tmp_path, said.append, None, Runtime("cpu", "float32", False))
     assert saver.save({**saved, "iter_num": 1}, False) and not saver.is_due_again()
 
     def full(obj, file):

@@ -42,6 +42,7 @@ def row_of(attn_type, rate, seed, loss):
     """A row of results.csv; a loss of None has diverged."""
     numbers = {"ms_per_step": 10.0, "tokens_per_s": 1000.0, "peak_mib": None}
     row = {"attn_type": attn_type, "learning_rate": rate, "seed": seed, "final_val_loss": loss}
+    row |= {"variant": attn_type}
     return row | numbers | {"diverged": loss is None}
 
 

@@ -104,6 +104,7 @@ def test_the_later_one_wins(tmp_path):
         ("n_embd = 1 +", "line 1: SyntaxError"),
         ("import sys\n\n\ndef main(): ...", "sets no key, so it is no config"),
         ("\nn_embd = undefined", "line 2: NameError"),
+        ("n_embd = 3\nexit(0)", "line 2: SystemExit"),
     ],
 )
 def test_a_wrong_config_file_is_told_with_its_name(tmp_path, text, said):

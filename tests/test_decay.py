@@ -1,6 +1,7 @@
 """decay.py: the public decay in every path, against its formula written out in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kernels import blockwise, decay
 from model import GPT, GPTConfig, attention, parse_attn_type, pointwise_attention
 
 NAMES = ["GK", "GKpoly-4", "PA_relu", "PA_square", "PA_sigmoid"]
+IMPLS = ["reference", "blockwise"]
 L = 64  # of training, which is not the length of most inputs below
 
 
@@ -43,7 +45,7 @@ def decayed(name, impl="auto", length=L):
 
 def oracle(name, q, k, v, dy, length=L):
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    plain = dict(variant=parse_attn_type(name), divisor=1.0, L=length)
+    plain = dict(variant=parse_attn_type(name), reach=decay.fixed_reach(q.size(1), length))
     return run(pointwise_attention, q, k, v, dy.double(), **plain)
 
 
@@ -59,12 +61,11 @@ def test_the_plain_formula_is_the_one_of_the_docstring(name, nh):
 
 
 def test_reaches_are_geometric_from_2_tokens_to_half_the_length():
-    assert decay.reaches(1, 256) == (16.0,)
-    r = decay.reaches(5, 256)
+    assert decay.fixed_reach(1, 256).tolist() == [16.0]
+    r = decay.fixed_reach(5, 256)
     assert r[0] == 2 and r[-1] == 128
-    ratios = {round(b / a, 9) for a, b in zip(r, r[1:], strict=False)}
-    assert len(ratios) == 1
-    assert decay.reaches(2, 1) == (2.0, 2.0)  # no context, and nothing to fade
+    torch.testing.assert_close(r[1:] / r[:-1], (r[1] / r[0]).expand(4))
+    assert decay.fixed_reach(2, 1).tolist() == [2.0, 2.0]  # no context, and nothing to fade
 
 
 # B, nh, T, hs: one tile and many, ragged and whole, one sequence (where short heads skip tiles)
@@ -102,7 +103,7 @@ def test_tiles_beyond_the_reach_of_every_head_are_not_computed(monkeypatch):
     monkeypatch.setattr(blockwise.Tiles, "weights", noted)
     q, k, v, _ = inputs(1, 1, 256, 8, torch.float32)
     decayed("GK", "blockwise", length=4)(q, k, v)
-    assert decay.reaches(1, 4) == (2.0,)
+    assert decay.fixed_reach(1, 4).tolist() == [2.0]
     assert max(i - j for i, j in tiles) == 6  # the nearest pair of tiles 7 apart is 49 apart
 
 
@@ -115,7 +116,7 @@ def test_tile_c_is_compiled_with_a_decay(n):
 
 def test_no_factor_overflows_however_large_the_tile():
     """gamma^-511 with a reach of 2 is beyond float32."""
-    table = decay.TileDecay(1, 4, 512, 512, torch.float32, "cpu")
+    table = decay.TileDecay(decay.fixed_reach(1, 4), 512, 512, torch.float32, "cpu")
     d = torch.arange(512)[:, None] - torch.arange(512)
     got, want = table.tile(slice(0, 1), 0, 0, 512, 512)[0], torch.exp(-d.clamp(min=0) / 2.0)
     torch.testing.assert_close(got, want)
@@ -145,7 +146,7 @@ def test_dropout_zeroes_weights_and_scales_the_rest(monkeypatch):
         assert abs(kept[..., lower].double().mean() - 0.75) < 0.05
 
 
-@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["SM", *NAMES])
 def test_the_length_of_the_input_does_not_change_a_row(name, impl):
     q, k, v, _ = inputs(2, 3, 50, 8, torch.float32)
@@ -158,10 +159,67 @@ def test_the_operators_keep_torch_librarys_promises(monkeypatch):
     monkeypatch.setattr(blockwise, "tile_size", lambda *shape: (4, 2))
     decayed("GK", "blockwise")
     q, k, v, dy = inputs(2, 3, 6, 4)
-    args = None, "GK", 1.0, 0.0, L
+    args = None, "GK", 1.0, 0.0, decay.fixed_reach(3, L)
     torch.library.opcheck(blockwise.blockwise_forward, (q, k, v, *args))
     q, k, v = q.detach(), k.detach(), v.detach()
     torch.library.opcheck(blockwise.blockwise_backward, (dy, q, k, v, *args))
+
+
+# ----------------------------------------------------------------------------
+# A learned reach
+
+
+@pytest.mark.parametrize("name", ["SM", *NAMES])
+def test_any_reach_may_be_given(name):
+    """Short beyond what the fixed ones are, so that factors underflow, and in no order."""
+    case = inputs(2, 3, 150, 8)
+    reach = torch.tensor([40.0, 0.3, 7.0], dtype=torch.float64)
+    given = [run(partial(decayed(name, impl), reach=reach), *case) for impl in IMPLS]
+    assert_close(given[1], given[0], 1e-12)
+    ordered = [t[:, [1, 2, 0]] for t in case]
+    y = decayed(name)(*ordered[:3], reach=reach[[1, 2, 0]])
+    torch.testing.assert_close(y, given[0][0][:, [1, 2, 0]])
+    fixed = run(partial(decayed(name), reach=decay.fixed_reach(3, L)), *case)
+    assert all(map(torch.equal, fixed, run(decayed(name), *case)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_fast_paths_know_the_gradient_of_the_reach(name, dtype):
+    """It is a difference of sums, T / r times as large, so it has fewer exact digits."""
+
+    def gradients(impl, case, reach):
+        reach = reach.detach().requires_grad_()
+        q, k, v, dy = (t.detach().requires_grad_() for t in case)
+        y = decayed(name, impl)(q, k, v, reach=reach)
+        return y, *torch.autograd.grad(y, (reach, q, k, v), dy)
+
+    for T, reach in [(150, [2.0, 30.0, 9.0]), (300, [5.0])]:
+        case = inputs(2, len(reach), T, 16, dtype)
+        reach = torch.tensor(reach, dtype=torch.promote_types(dtype, torch.float32))
+        want = gradients("reference", [t.double() for t in case], reach.double())
+        got = gradients("blockwise", case, reach)
+        assert_close(got[:1] + got[2:], want[:1] + want[2:], TOLERANCE[dtype])
+        error = (got[1] - want[1]).norm() / want[1].norm()
+        assert error <= T / reach.min() * TOLERANCE[dtype], error
+        constant = decayed(name, "blockwise")(*case[:3], reach=reach)
+        assert torch.equal(got[0], constant)
+
+
+def test_a_model_learns_its_reaches():
+    model = tiny("GK", "learned").train()
+    attn = model.transformer.h[0].attn
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), "cpu")
+    torch.testing.assert_close(attn.reach(), decay.fixed_reach(2, 16).float())
+    before = attn.reach().tolist()
+    idx = torch.randint(31, (4, 16))
+    for _ in range(3):
+        model(idx, idx)[1].backward()
+        optimizer.step()
+    assert all(b != a > 0 for b, a in zip(before, attn.reach().tolist(), strict=True))
+    undecayed = next(g for g in optimizer.param_groups if g["weight_decay"] == 0)
+    assert any(p is attn.log_reach for p in undecayed["params"])
+    assert attn.log_reach.numel() == 2 and attn.log_reach.dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------
@@ -173,8 +231,8 @@ def tiny(attn_type, attn_decay="fixed", **more):
     shape = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16) | more
     model = GPT(GPTConfig(**shape, attn_type=attn_type, attn_decay=attn_decay)).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4)
+        for name, p in model.named_parameters():
+            p.mul_(1 if "reach" in name else 4)
     return model
 
 
@@ -193,9 +251,10 @@ def test_without_it_nothing_changes_by_a_bit(attn_type):
     assert not torch.allclose(on(idx, idx)[0], off(idx, idx)[0])
 
 
+@pytest.mark.parametrize("attn_decay", ["fixed", "learned"])
 @pytest.mark.parametrize("attn_type", ["SM", *NAMES])
-def test_a_cache_changes_nothing(attn_type):
-    model = tiny(attn_type)
+def test_a_cache_changes_nothing(attn_type, attn_decay):
+    model = tiny(attn_type, attn_decay)
     prompts = [torch.arange(n) for n in (2, 5, 1)]
     drawn = torch.stack(list(stream(model, prompts, 1, 9, temperature=0)), dim=1)
     for prompt, ids in zip(prompts, drawn, strict=True):
@@ -228,7 +287,7 @@ def test_pictures_and_ranges_show_the_decaying_weights(attn_type):
 
     model, rt = tiny(attn_type), Runtime("cpu", "float32", False)
     idx = torch.randint(31, (1, 16))
-    qkv = ranges.each_layer(model, idx, rt, lambda q, k: (q, k))
+    qkv = ranges.each_layer(model, idx, rt, lambda q, k, _: (q, k))
     for (q, k), A in zip(qkv, ranges.attention_maps(model, idx, rt), strict=True):
         width = torch.eye(16)[None, None]
         columns = [
@@ -257,3 +316,26 @@ def test_a_run_keeps_it_and_a_finetune_may_change_it(run_train, tmp_path):
     distill = ["--init_from=distill", "--teacher=tuned", "--out_dir=student"]
     run_train(*distill, "--attn_type=GKpoly-4", "--attn_decay=fixed", "--block_size=8")
     assert args_of("student")["attn_decay"] == "fixed" and args_of("student")["pa_length"] == 8
+
+
+def test_a_run_keeps_its_learned_reaches(run_train, tmp_path):
+    def reach_of(folder):
+        checkpoint = torch.load(tmp_path / folder / "ckpt.pt", weights_only=True)
+        assert checkpoint["model_args"]["attn_decay"] == "learned"
+        return checkpoint["model"]["transformer.h.0.attn.log_reach"].exp()
+
+    run_train("--out_dir=fixed", "--attn_type=GK", "--attn_decay=fixed")
+    tune = ["--init_from=finetune", "--out_dir=fixed", "--save_dir=run", "--attn_decay=learned"]
+    run_train(*tune, "--max_iters=0")
+    torch.testing.assert_close(reach_of("run"), decay.fixed_reach(2, 16).float())
+    learned = ["--attn_type=GK", "--attn_decay=learned", "--lr_decay_iters=4"]
+    run_train("--out_dir=whole", *learned, "--max_iters=4")
+    assert not torch.equal(reach_of("whole"), reach_of("run"))
+    run_train("--out_dir=half", *learned, "--max_iters=2")
+    run_train("--init_from=resume", "--out_dir=half", "--max_iters=4")
+    assert torch.equal(reach_of("half"), reach_of("whole"))
+    tune = ["--init_from=finetune", "--out_dir=whole", "--save_dir=lora", "--lora_rank=2"]
+    run_train(*tune)
+    lora = torch.load(tmp_path / "lora" / "ckpt.pt", weights_only=True)
+    assert lora["model_args"]["attn_decay"] == "learned"
+    assert not any("reach" in name for name in lora["model"])  # adapters alone are trained

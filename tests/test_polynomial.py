@@ -23,7 +23,7 @@ def random_model(**args) -> GPT:
 
 
 @pytest.mark.parametrize("attn_type", ["GKpoly-1", "GKpoly-4", "PA_square", "PA_identity"])
-@pytest.mark.parametrize("decay", ["none", "fixed"])
+@pytest.mark.parametrize("decay", ["none", "fixed", "learned"])
 @pytest.mark.parametrize("others", [{}, {"bias": False}, {"lora_rank": 2}])
 def test_the_polynomial_equals_torch_in_float64(attn_type, decay, others):
     model = random_model(attn_type=attn_type, attn_decay=decay, **others).double()

@@ -119,7 +119,7 @@ def test_measuring_leaves_the_model_as_it_was_and_sees_adapters(more):
 def test_under_half_precision_scores_are_float32():
     model, idx = trained_looking("GK", 1.0)
     half = Runtime("cpu", "bfloat16", False)
-    first_block = lambda q, k: next(ranges.row_blocks(q, k, model.config))
+    first_block = lambda *qkr: next(ranges.row_blocks(*qkr, model.config))
     x, *_ = ranges.each_layer(model, idx, half, first_block)[0]
     assert x.dtype == torch.float32
     assert not torch.equal(x, x.bfloat16().float())  # nor rounded on the way

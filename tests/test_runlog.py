@@ -26,7 +26,8 @@ def test_a_log_with_odd_bytes_and_a_missing_wandb_stop_nothing(run_train, tmp_pa
         file.write(b"\xff\xfe,1\r\n3,")
     monkeypatch.setitem(sys.modules, "wandb", None)
     args = ["--init_from=resume", "--lr_decay_iters=4", "--wandb_log=True"]
-    assert "wandb is off" in run_train("--out_dir=run", *args)
+    out = run_train("--out_dir=run", *args)
+    assert "wandb is off" in out and "pip install wandb" in out
     assert [row["step"] for row in rows(tmp_path / "run")] == ["0", "1", "2", "3", "4"]
 
 
@@ -65,6 +66,27 @@ def test_a_wandb_that_fails_is_named_once_and_stops_nothing(run_train, tmp_path,
     out = run_train("--out_dir=run", "--wandb_log=True", "--n_layer=1")
     assert out.count("wandb is off: the server is on fire") == 1
     assert len(rows(tmp_path / "run")) == 5
+
+
+def test_trackio_gets_the_rows_of_the_log_and_a_resume_goes_on_with_its_run(run_train, monkeypatch):
+    pytest.importorskip("matplotlib")
+    logged = []
+    log = lambda row, step: logged.append((step, row))
+    run = SimpleNamespace(log=log, finish=lambda: logged.append("finished"))
+    init = lambda **options: logged.append(options) or run
+    fake = SimpleNamespace(init=init, Image=lambda path: path)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setattr(train, "PICTURES_FROM", 4)
+    run_train("--out_dir=run", "--trackio_log=True", "--wandb_project=p")
+    options, *steps, end = logged
+    assert (options["project"], options["name"], options["resume"]) == ("p", "run", "never")
+    assert options["config"]["trackio_log"] and end == "finished"
+    assert [step for step, row in steps if "train_loss" in row] == [1, 2, 3, 4]
+    assert any("loss" in row for _, row in steps)  # the picture
+    logged.clear()
+    more = ["--init_from=resume", "--max_iters=5", "--lr_decay_iters=4"]
+    run_train("--out_dir=run", "--trackio_log=True", *more)
+    assert logged[0]["resume"] == "allow" and logged[0]["name"] == "run"
 
 
 def test_tensorboard_gets_the_same_or_is_off(run_train, tmp_path, monkeypatch):

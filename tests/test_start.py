@@ -199,6 +199,9 @@ def test_a_changed_batch_and_a_longer_run_each_get_their_own_advice(run_train):
         (["--init_from=resume", "--out_dir=run/ckpt.pt"], "pass --out_dir=run"),
         (["--init_from=run"], "pass --init_from=resume --out_dir=run"),
         (["--init_from=run/ckpt.pt"], "pass --init_from=resume --out_dir=run"),
+        (["--init_from=run/previous.pt"], "pass --init_from=resume --out_dir=run"),
+        (["--init_from=distill", "--teacher=run/ckpt.pt"], "pass --teacher=run"),
+        (["--out_dir=run/ckpt.pt"], "pass --out_dir=run"),
     ],
 )
 def test_a_run_that_is_named_in_another_way_is_answered_with_the_right_one(

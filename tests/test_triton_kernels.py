@@ -65,21 +65,21 @@ def inputs(shape, dtype, device="cpu", offset=0.0, seed=0):
     return *qkv.permute(2, 0, 3, 1, 4).unbind(0), dy.transpose(1, 2)
 
 
-def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, decay_length=0):
-    """y, dq, dk, dv."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    y = attend(q, k, v, name, DIVISOR, decay_length)
-    return y.detach(), *torch.autograd.grad(y, (q, k, v), dy)
+def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, reach=None):
+    """y, dq, dk, dv, and the gradient of the reach of a decay."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, reach) if x is not None]
+    y = attend(*inputs[:3], name, DIVISOR, *inputs[3:])
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
-def plain(q, k, v, dy, name, decay_length=0):
+def plain(q, k, v, dy, name, reach=None):
     """The same by the plain formula, in float64."""
 
-    def attend(q, k, v, name, divisor, decay_length):
+    def attend(q, k, v, name, divisor, reach=None):
         variant = model.parse_attn_type(name)
-        return model.pointwise_attention(q, k, v, variant, divisor, L=decay_length)
+        return model.pointwise_attention(q, k, v, variant, divisor, reach=reach)
 
-    return run(*(x.double() for x in (q, k, v, dy)), name, attend, decay_length)
+    return run(*(x.double() for x in (q, k, v, dy)), name, attend, reach)
 
 
 def error(got, want) -> float:
@@ -107,11 +107,11 @@ def largest_error(name, dtype, device="cpu", shapes=SHAPES) -> float:
 
 def decay_error(dtype, device="cpu", names=("GK", "GKpoly-4", "PA_relu"), T=150) -> float:
     """The largest error with a public decay, for reaches short enough to leave blocks out and long
-    ones."""
-    shapes = [(1, 3, T, 16), (2, 1, 37, 24)]
+    ones. The factor of one pair on the diagonal, if it were not hidden, would overflow."""
+    cases = [((1, 3, T, 16), (0.7, 11.0, 32.0)), ((2, 1, 37, 24), (8.0,))]
     return max(
-        error(run(*x, name, decay_length=64), plain(*x, name, decay_length=64))
-        for x in (inputs(shape, dtype, device) for shape in shapes)
+        error(run(*x, name, reach=torch.tensor(r)), plain(*x, name, reach=torch.tensor(r)))
+        for x, r in ((inputs(shape, dtype, device), r) for shape, r in cases)
         for name in names
     )
 
@@ -197,8 +197,8 @@ def opcheck(device="cpu") -> None:
     for name in ("GK", "PA_gelu"):
         q, k, v, _ = inputs((2, 2, 7, 16), torch.float32, device)
         x = [t.detach().requires_grad_() for t in (q, k, v)]
-        for decay_length in (0, 8):
-            args = *x, name, DIVISOR, decay_length
+        for decay in ((None, None), triton_kernels._decay(torch.tensor([3.0, 8.0]), x[0])):
+            args = *x, name, DIVISOR, *decay
             torch.library.opcheck(torch.ops.triton_attention.forward, args)
     x = inputs((2, 2, 7, 16), torch.float32, device)
     attend = torch.compile(triton_kernels.triton_attention, fullgraph=True, backend="aot_eager")
@@ -277,7 +277,7 @@ COMPILED = [
 
 
 def compile_for_hopper(
-    kernel: str, name: str, head_size: int, one: bool = False, decays: bool = False
+    kernel: str, name: str, head_size: int, one: bool = False, decays=False, learned=False
 ) -> dict:
     """Registers, stack and shared memory of the kernel as launched for bfloat16, and its wgmmas.
     `one`: as launched for one head and one position, which Triton compiles apart."""
@@ -292,6 +292,7 @@ def compile_for_hopper(
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
     constants = blocks | {
         "f": f, "n": n, "DISTANCE": score == "distance", "RAGGED": one, "DECAY": decays,
+        "LEARNED": learned,
         "HS": head_size, "BLOCK_D": triton_kernels.padded(head_size),
     }  # fmt: skip
     if one:
@@ -305,9 +306,9 @@ def compile_for_hopper(
         elif argument in ("nh", "T", "group") or argument.startswith("stride"):
             signature[argument] = "i32"
         else:
-            is_float32 = argument.endswith("norm") or argument in ("Rates", "S")
+            is_float32 = argument.endswith("norm") or argument in ("Moments", "Rates", "S")
             signature[argument] = "*fp32" if is_float32 else "*bf16"
-        if argument[0] in "QKVYdsRS" and argument != "divisor" or argument == "T":
+        if argument[0] in "QKVYdsMRS" and argument != "divisor" or argument == "T":
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {
         (function.arg_names.index(k),): v for k, v in constants.items() if k in function.arg_names
@@ -365,6 +366,9 @@ def test_compiled_for_hopper(kernel, name, head_size):
 def test_a_decay_fits_into_the_registers(kernel, name):
     usage = compile_for_hopper(kernel, name, 64, decays=True)
     assert usage["wgmma"] > 0 and usage["STACK"] <= 64
+    if kernel == "dq":
+        usage = compile_for_hopper(kernel, name, 64, decays=True, learned=True)
+        assert usage["wgmma"] > 0 and usage["STACK"] <= 160
 
 
 @compiles

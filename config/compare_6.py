@@ -1,0 +1,30 @@
+# Six layers: softmax and four attentions without it, with and without a public decay, with AdamW
+# and with Muon, at two learning rates and with two seeds. 80 runs of 400 steps, about three hours
+# on 2 CPU cores; the same command goes on where it was stopped.
+#
+#   python compare.py config/compare_6.py
+#   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6
+# The loss against the depth, at one width:
+#   python compare.py config/compare_6.py --vary="n_layer=1,2,4,6,12" --attn_types=SM,GK \
+#       --attn_decay=fixed --n_head=4 --n_embd=128 --block_size=128 --batch_size=16 \
+#       --learning_rates=6e-3 --out_dir=out-depth
+
+out_dir = "out-compare-6"
+base = "train_gk"
+attn_types = "SM,GK,GKpoly-4,PA_relu,PA_square"
+vary = "attn_decay=none,fixed optimizer=adamw,muon"
+learning_rates = "3e-3,6e-3"
+seeds = "1,2"
+jobs = 2  # runs at a time, with one thread each
+
+n_layer = 6
+n_head = 6
+n_embd = 192
+block_size = 256
+dropout = 0.0
+batch_size = 8
+max_iters = 400
+warmup_iters = 50
+eval_interval = 100
+eval_iters = 20
+log_interval = 20
