@@ -152,7 +152,8 @@ def lists_of_values(given: dict, config: CompareConfig) -> dict[str, list]:
     for part in config.vary.split():
         key, _, text = part.partition("=")
         option = f"--vary={config.vary}"
-        if key in texts or key not in Config.__annotations__ or not text:
+        unusable = key in texts or key in WITHOUT_EFFECT or key not in Config.__annotations__
+        if unusable or not text:
             problem = f"{option} does not consist of KEY=VALUE,VALUE with other keys of train.py"
             raise UserError(f'{problem}; pass for instance --vary="n_layer=1,2 dropout=0.0,0.1"')
         texts[key], options[key] = text, option

@@ -20,6 +20,7 @@ import compare
 import train
 from compare import CompareConfig, Trial
 from configurator import UserError
+from engine import comparison
 from engine.runlog import RunLog
 from train import Config
 
@@ -262,6 +263,11 @@ def test_values_that_no_run_could_use_are_refused_at_once(run, data_dir, tmp_pat
         "--dataset=nothing": "prepare.py",
         "--max_iters=0": "max_iters=0 trains nothing",
         "--jobs=0": "jobs must be at least 1",
+        "--vary=n_layers=1,2": "--vary=n_layers=1,2 does not consist of KEY=VALUE,VALUE",
+        "--vary=out_dir=a,b": "does not consist of KEY=VALUE,VALUE with other keys of train.py",
+        "--vary=seed=1,2": "does not consist of",
+        "--vary=n_layer=1,x": "n_layer",
+        "--vary=n_layer=1,1": "has a value twice",
     }
     for arg, message in wrong.items():
         with pytest.raises(Failed, match=re.escape(message)) as failed:
@@ -274,3 +280,28 @@ def test_a_mistake_that_only_train_finds_stops_the_comparison(run, data_dir):
     with pytest.raises(Failed, match="device=cuda:99 can't be used here") as failed:
         run("compare", *COMMON, f"--data_dir={data_dir}", "--device=cuda:99")
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+def test_other_keys_vary_too_and_softmax_is_compared_where_they_are_equal():
+    config = CompareConfig(
+        base="train_gk",
+        seeds="1",
+        learning_rates="1e-3",
+        vary="n_layer=1,2 attn_decay=none,learned",
+    )
+    trials = compare.make_trials({"n_layer": 6, "dataset": "abc"}, config)
+    assert len(trials) == len({trial.folder for trial in trials}) == 8
+    chosen = {(t.config.attn_type, t.config.n_layer, t.config.attn_decay) for t in trials}
+    assert ("GK", 2, "learned") in chosen and len(chosen) == 8
+    assert "--n_layer=2" in trials[-1].command()
+    rows = [
+        {"attn_type": t.config.attn_type, **{k: str(v) for k, v in t.varied.items()}}
+        | {"learning_rate": 1e-3, "seed": 1.0, "final_val_loss": 2.0 + 0.1 * i, "diverged": False}
+        | {"variant": t.variant, "ms_per_step": 1.0, "tokens_per_s": 1.0, "peak_mib": None}
+        for i, t in enumerate(trials)
+    ]
+    table = compare.best_rate_table(rows)
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in table.splitlines()[2:]}
+    assert cells["SM n_layer=2 attn_decay=none"] == "-"
+    assert cells["GK n_layer=2 attn_decay=none"] == "+0.4000"  # four trials after softmax's
+    assert list(comparison.numeric_axes(rows)) == ["compare-n_layer"]
