@@ -193,7 +193,7 @@ def main() -> None:
         elif config.role == "decrypt":
             print("\n".join(top(row, tokenizer) for row in logits))
     rows = [(name, f"{s:.2f}", f"{peak:.0f}") for name, (s, peak) in stage.rows.items()]
-    print(text_table([("stage", "seconds", "peak MiB"), *rows]))
+    print(text_table([("stage", "seconds, all prompts", "peak MiB"), *rows]))
 
 
 if __name__ == "__main__":
