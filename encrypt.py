@@ -92,6 +92,8 @@ def encrypt(config: Config, tokenizer, polynomial, root: Path, stage) -> list[np
     scheme = Scheme(Packing.of(polynomial, int(config.ring)))
     for folder in ("client", "server", "answers"):
         (root / folder).mkdir(parents=True, exist_ok=True)
+        for old in (root / folder).glob("[0-9]*.*"):  # of other keys
+            old.unlink()
     with stage("keys"):
         client = Client(scheme)
         client.write_keys(root / "server")
