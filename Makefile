@@ -8,7 +8,7 @@ ARGS ?=
 # The folder that `make train` writes to and draws its text from
 OUT := $(or $(patsubst --out_dir=%,%,$(lastword $(filter --out_dir=%,$(ARGS)))),out-11)
 
-.PHONY: help train test test-slow faults lint bench compare clean
+.PHONY: help train test test-slow faults lint bench compare encrypted clean
 
 help:  ## list the targets; ARGS passes options on: make train ARGS="--max_iters=500"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ bench: .venv/run  ## time a training step of the small model with softmax and th
 
 compare: .venv/run  ## train nine attentions side by side, 54 runs; half an hour or more
 	$(PY) compare.py config/compare_11.py $(ARGS)
+
+encrypted: .venv/run  ## predict the next character of three encrypted prompts; train if need be
+	test -e out-he/ckpt.pt || $(PY) train.py config/train_he.py
+	printf 'The object\nReturn the val\nimport \n' > out-he/prompts.txt
+	$(PY) encrypt.py --out_dir=out-he --prompts=out-he/prompts.txt $(ARGS)
 
 clean:  ## remove .venv and Python's caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache

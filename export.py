@@ -25,6 +25,7 @@ from torch import Tensor
 import configurator
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
+from engine.layers import OPTIONS
 from engine.loading import load_trained
 from engine.lora import fold_lora
 from engine.pretrained import ATTENTION_ARGS, SIZES, TRANSPOSED
@@ -49,9 +50,13 @@ def to_hf(
     """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does. `state` is
     the GPT's state dict without adapters (see lora.fold_lora), whose memory the result shares where
     it can. Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since transformers
-    would draw them. `eot` is the id of the end of text, if there is one."""
+    would draw them. `eot` is the id of the end of text, if there is one. Raises UserError for a
+    model with parts that GPT2LMHeadModel does not have."""
     from transformers import GPT2Config
 
+    own = [f"{key}={getattr(config, key)}" for key in OPTIONS if key in config.model_args()]
+    if own:
+        raise UserError(f"transformers' GPT-2 has no {' and no '.join(own)}; export another run")
     vocab_size = vocab_size or config.vocab_size
     args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
     args |= {key: value for key, value in config.model_args().items() if key in ATTENTION_ARGS}

@@ -8,7 +8,8 @@ A GPT whose attention is pluggable. Read it from top to bottom:
 Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size,
 V vocabulary, L the fixed length by which pointwise attention is divided.
 
-Departures from GPT-2: `attn_type`, `attn_decay`, biases that can be left out, and LoRA adapters.
+Departures from GPT-2: `attn_type`, `attn_decay`, biases that can be left out, LoRA adapters, and
+the options of engine/layers.py: `norm`, `mlp_act`, `position`, `qk_norm`.
 State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
 """
 
@@ -23,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import lora, muon, peaks, pretrained
+from engine import layers, lora, muon, peaks, pretrained
 from engine.generation import stream
 from kernels import blockwise, choice, cross_entropy, decay
 from kernels.choice import Device, Implementation
@@ -214,6 +215,10 @@ class GPTConfig:
     pa_length: int | None = None  # L of PA_f and the decay; None: block_size. Cropping keeps it
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
+    norm: Literal["layer", "rms", "fixed"] = "layer"  # for this and the next three, see layers.py
+    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"
+    position: Literal["learned", "rope"] = "learned"
+    qk_norm: bool = False
     lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: no adapters
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
     lora_targets: str = "attn.c_attn,attn.c_proj"  # the layers with adapters, see lora.LAYERS
@@ -238,6 +243,10 @@ class GPTConfig:
             if get_origin(field.type) is Literal:
                 allowed = get_args(field.type)
                 require(field.name, allowed.__contains__, f"one of {', '.join(allowed)}")
+        require("qk_norm", lambda v: type(v) is bool, "True or False")
+        if self.position == "rope":
+            even = lambda v: v // self.n_head % 2 == 0
+            require("n_embd", even, f"an even multiple of n_head={self.n_head}, as rope needs")
         lora.check(self)
         variant = parse_attn_type(self.attn_type)
         by_length, decays = variant and variant.by_length, self.attn_decay != "none"
@@ -258,6 +267,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = lora.linear(config, "attn.c_attn", config.n_embd, 3 * config.n_embd)
         self.c_proj = lora.linear(config, "attn.c_proj", config.n_embd, config.n_embd)
+        self.qk = layers.QueriesAndKeys(config)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -275,12 +285,13 @@ class CausalSelfAttention(nn.Module):
             return self.fixed_reach
         return self.log_reach.exp().clamp(min=decay.SHORTEST_LEARNED)
 
-    def forward(self, x, extend=None):
+    def forward(self, x, pos, extend=None):
         B, T, C = x.size()
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs), no copy
             for t in self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
         )
+        q, k = self.qk(q, k, pos)
         visible = None
         if extend is not None:
             k, v, visible = extend(k, v)  # of all tokens so far
@@ -294,24 +305,24 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = lora.linear(config, "mlp.c_fc", config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate=config.gelu)
+        self.act = layers.activation(config)
         self.c_proj = lora.linear(config, "mlp.c_proj", 4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = layers.norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = layers.norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, extend=None):
-        x = x + self.attn(self.ln_1(x), extend)
+    def forward(self, x, pos, extend=None):
+        x = x + self.attn(self.ln_1(x), pos, extend)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -322,10 +333,10 @@ class GPT(nn.Module):
         self.config = config
         modules = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wpe": layers.position_embedding(config),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            "ln_f": layers.norm(config),
         }
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -371,23 +382,23 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else partial(cache.extend, i))
+            x = block(x, pos, None if cache is None else partial(cache.extend, i))
         return self.transformer.ln_f(x)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters. The position embeddings are left out by default; the token
         embeddings are not, since they are the output layer's weights too."""
-        n_params = sum(p.numel() for p in self.parameters())
-        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+        positions = set(self.transformer.wpe.parameters()) if non_embedding else ()
+        return sum(p.numel() for p in self.parameters() if p not in positions)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, e.g. of GPT-2 from 1024. L of PA_f stays what it was."""
         if not 0 < block_size <= (own := self.config.block_size):
             raise ValueError(f"block_size={block_size} is not in 1..{own}, the model's own")
         self.config.block_size = block_size
-        wpe = self.transformer.wpe.weight
-        self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
-        self.transformer.wpe.num_embeddings = block_size
+        for wpe in self.transformer.wpe.parameters():  # none with rope
+            self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
+            self.transformer.wpe.num_embeddings = block_size
 
     # ------------------------------------------------------------------------
     # What the scripts need besides
@@ -406,7 +417,7 @@ class GPT(nn.Module):
         config, state = pretrained.read_gpt2(model_type, GPTConfig, override_args or {}, pa_length)
         model = cls(config)
         missing, _ = model.load_state_dict(state, strict=False)
-        assert all(".lora_" in name for name in missing), missing
+        assert all(".lora_" in n or n.endswith(layers.OWN_WEIGHTS) for n in missing), missing
         return model
 
     def configure_optimizers(

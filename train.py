@@ -32,7 +32,7 @@ import torch
 import configurator
 from data.dataset import EVAL_SEED, Batches, Dataset, Purpose, dropout_seed
 from engine import checkpoint as ckpt
-from engine import ranges, run_folder, runtime, sharding, start
+from engine import layers, ranges, run_folder, runtime, sharding, start
 from engine.distill import Trainee
 from engine.divergence import explain, not_done
 from engine.runlog import RunLog, speed
@@ -77,6 +77,10 @@ class Config:
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
+    norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
+    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"  # quad: a x^2 + b x, a and b learned
+    position: Literal["learned", "rope"] = "learned"  # rope: queries and keys are rotated
+    qk_norm: bool = False  # Queries and keys of one length, which is learned for each head
     n_layer: int = 12  # Number of blocks
     n_head: int = 12  # Heads per block
     n_embd: int = 768  # Embedding width C
@@ -174,6 +178,7 @@ def train_step(
     updated = math.isfinite(loss) and (math.isfinite(norm) or overflow)
     if updated:
         scaler.step(optimizer)
+    layers.track(model, rt, updated)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, updated

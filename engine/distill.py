@@ -33,11 +33,11 @@ class Matching(nn.Module):
         for ours, block in zip(self.student.transformer.h, self.teacher.transformer.h, strict=True):
             with torch.no_grad():
                 layer_input = block.ln_1(x)
-                y_t = block.attn(layer_input)  # (B, T, C)
+                y_t = block.attn(layer_input, pos)  # (B, T, C)
                 if block is not self.teacher.transformer.h[-1]:  # the rest of it is not needed
                     x = x + y_t
                     x = x + block.mlp(block.ln_2(x))
-            error = (ours.attn(layer_input) - y_t).float().square().mean()
+            error = (ours.attn(layer_input, pos) - y_t).float().square().mean()
             errors.append(error / y_t.float().square().mean())
         return None, torch.stack(errors).mean()
 

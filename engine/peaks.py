@@ -34,7 +34,7 @@ def flops_per_token(model: torch.nn.Module, T: int) -> int:
     6 N + 12 n_layer C T (PaLM, appendix B, https://arxiv.org/abs/2204.02311), where N leaves out
     the position embeddings, and 2 less for each of the N weights that is frozen.
     """
-    positions = model.transformer.wpe.weight
-    weights = [p for p in model.parameters() if p is not positions]
+    positions = set(model.transformer.wpe.parameters())
+    weights = [p for p in model.parameters() if p not in positions]
     matrices = sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
     return matrices + 12 * model.config.n_layer * model.config.n_embd * T

@@ -53,15 +53,12 @@ def each_layer(model: GPT, idx: Tensor, rt, measure: Callable[..., object]) -> l
     results = []
 
     def hook(attn, module, inputs, output):
-        B, T, _ = output.shape
-        wide = torch.promote_types(output.dtype, torch.float32)
-        qkv = output.view(B, T, 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
-        q, k, _ = (t.to(wide) for t in qkv)  # (B, nh, T, hs) each
+        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in output)
         with torch.autocast(q.device.type, enabled=False):  # or scores would be half precision
             results.append(measure(q, k, attn.reach()))
 
     handles = [
-        block.attn.c_attn.register_forward_hook(partial(hook, block.attn))
+        block.attn.qk.register_forward_hook(partial(hook, block.attn))
         for block in model.transformer.h
     ]
     training = model.training

@@ -89,7 +89,8 @@ class Runtime:
         """The model to train: under DDP, if there are several ranks and it is not sharded."""
         if self.world_size > 1 and not self.shard:
             devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=devices)
+            # Buffers are equal on all ranks between steps, see layers.track
+            model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         return model
 
     def share(self, n: int) -> range:

@@ -23,19 +23,21 @@ import torch
 
 import configurator
 from configurator import UserError
-from data.dataset import Dataset
+from data.dataset import Dataset, Purpose
 from data.meta import DATA_DIR, known_datasets
 from data.tokenizer import meta_of_folder
 from engine import checkpoint as ckpt
-from engine import sharding
+from engine import layers, sharding
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
 from engine.runtime import Runtime
 from model import GPT, GPTConfig, choose
 
 # What resume takes from the checkpoint, and finetune and GPT-2 from the weights they start with
-ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size", "position")
 # What a resumed run can't change, while a finetune may
-KEPT = ("attn_type", "attn_decay", "pa_length_power", "lora_rank", "lora_alpha", "lora_targets")
+KEPT = (
+    "attn_type attn_decay pa_length_power norm mlp_act qk_norm lora_rank lora_alpha lora_targets"
+).split()
 # Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
 AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
 # What belongs to a launch rather than to the run: never read from a checkpoint's config
@@ -109,6 +111,11 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     config.distill_iters = matching_steps(config) if config.teacher else None
     if data:
         data.check_length(config.block_size)
+    norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
+    if data and model.config.norm == "fixed" != norm_before:
+        B, T = config.batch_size, model.config.block_size
+        batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
+        layers.calibrate(model, *rt.to_device(batch[0]), rt)
     trains = data and not config.eval_only
     fingerprint = rt.from_main(data.fingerprint) if trains else None
     if config.init_from == "resume" and trains:

@@ -53,7 +53,7 @@ def test_the_loss_is_what_its_docstring_says():
         block.attn.register_forward_hook(lambda _, x, y: said.append(y))
     teacher(idx, idx)  # the plain forward pass, as any
     errors = [
-        ((block.attn(x) - y).square().sum() / y.square().sum()).item()
+        ((block.attn(x, torch.arange(16)) - y).square().sum() / y.square().sum()).item()
         for block, x, y in zip(student.transformer.h, read, said, strict=True)
     ]
     loss = Matching(student, teacher)(idx)[1].item()
