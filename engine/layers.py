@@ -39,7 +39,7 @@ class FixedNorm(nn.Module):
     next matrix. The constant follows the root mean square of x - mean(x) in training: `track` moves
     it after every step, and nothing else does. No gradient flows through it."""
 
-    KEEP = 0.9  # share of std^2 that a step keeps
+    KEEP = 0.999  # share of std^2 that a step keeps; 0.9 cost 0.06 to 0.56 nats
 
     def __init__(self, C: int, bias: bool):
         super().__init__()
