@@ -171,7 +171,7 @@ RULES = {
         lambda v: v >= 1,
         "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps eval_interval "
         "eval_iters log_interval num_samples max_new_tokens top_k steps vocab_size min_T max_T "
-        "window_stride sample_batch eval_stride jobs",
+        "window_stride sample_batch eval_stride jobs n",
     ),
     "must not be negative": (
         lambda v: v >= 0,

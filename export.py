@@ -28,7 +28,7 @@ from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
 from engine.layers import OPTIONS
 from engine.loading import load_trained
 from engine.lora import fold_lora
-from engine.pretrained import ATTENTION_ARGS, SIZES, TRANSPOSED
+from engine.pretrained import ATTENTION_ARGS, REACH, SIZES, TRANSPOSED
 from model import GPTConfig
 
 
@@ -60,6 +60,9 @@ def to_hf(
     vocab_size = vocab_size or config.vocab_size
     args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
     args |= {key: value for key, value in config.model_args().items() if key in ATTENTION_ARGS}
+    # transformers would drop them as weights that it does not know; learned reaches are few
+    reaches = [weight.tolist() for name, weight in state.items() if name.endswith(REACH)]
+    args |= {"log_reach": reaches} if reaches else {}
     args |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     hf_config = GPT2Config(
         architectures=["GPT2LMHeadModel"],
@@ -71,7 +74,7 @@ def to_hf(
     )
     hf_state = {}
     for name, weight in state.items():
-        if name == "lm_head.weight":  # tied
+        if name == "lm_head.weight" or name.endswith(REACH):  # the former is tied
             continue
         if name == "transformer.wte.weight":
             weight = weight[:vocab_size]

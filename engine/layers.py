@@ -26,9 +26,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-# The fields of GPTConfig that choose a part, and the ends of the names of their own weights
+# The fields of GPTConfig that choose a part
 OPTIONS = ("norm", "mlp_act", "position", "qk_norm")
-OWN_WEIGHTS = (".std", ".act.a", ".act.b", ".qk.gain")
+# The ends of the names of weights that GPT-2 does not have; the last are those of a learned decay
+OWN_WEIGHTS = (".std", ".act.a", ".act.b", ".qk.gain", ".log_reach")
 EPS = 1e-5  # nn.LayerNorm's
 
 # ---- Norms ------------------------------------------------------------------

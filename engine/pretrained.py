@@ -12,6 +12,7 @@ from engine.network import HUB, reachable
 
 # The keys that export.py adds to config.json: which attention the weights were trained with
 ATTENTION_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power")
+REACH = ".attn.log_reach"  # weights that export.py puts into config.json, a list for each layer
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -58,7 +59,22 @@ def read_gpt2(
             f"{name!r} has an output layer of its own (lm_head.weight); only models whose output "
             "layer is the matrix of the token embeddings, as in GPT-2, fit"
         )
-    return config, {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
+    state = {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
+    return config, state | learned_reaches(hf_config, name)
+
+
+def learned_reaches(hf_config: Any, name: str) -> dict[str, Tensor]:
+    """The reaches of the heads, (nh,) for each layer, of a model that has learned them. Raises
+    ValueError unless there are as many as the layers and heads."""
+    if getattr(hf_config, "attn_decay", None) != "learned":
+        return {}
+    try:
+        reaches = torch.tensor(hf_config.log_reach, dtype=torch.float32)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        reaches = torch.empty(0)
+    if reaches.shape != (hf_config.n_layer, hf_config.n_head) or not reaches.isfinite().all():
+        raise ValueError(f"{name!r} lacks the log_reach that its config.json promises")
+    return {f"transformer.h.{i}{REACH}": reach for i, reach in enumerate(reaches)}
 
 
 def is_cached(name: str) -> bool:

@@ -128,13 +128,32 @@ def test_other_attentions_come_back_with_a_warning_about_transformers(
     assert "transformers would compute plain softmax" in export_again(monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("attn_decay", ["fixed", "learned"])
 @pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
-def test_a_decay_comes_back_too(exported, monkeypatch, capsys, attn_type):
-    model, folder = exported(attn_type=attn_type, attn_decay="fixed", pa_length=24, vocab_size=64)
+def test_a_decay_comes_back_too(exported, monkeypatch, capsys, attn_type, attn_decay, bias):
+    args = {"attn_type": attn_type, "attn_decay": attn_decay, "pa_length": 24, "bias": bias}
+    model, folder = exported(**args, vocab_size=64)
     again = GPT.from_pretrained(str(folder)).eval()
     assert_same(logits_of(again, len(CHARS)), logits_of(model, len(CHARS)))
-    assert (again.config.attn_decay, again.config.pa_length) == ("fixed", 24)
+    assert (again.config.attn_decay, again.config.pa_length) == (attn_decay, 24)
     assert f"not {attn_type} with attn_decay" in export_again(monkeypatch, capsys)
+
+
+def test_learned_reaches_are_exact_and_may_be_missing_in_a_model_without_them(exported):
+    model, folder = exported(attn_type="GK", attn_decay="learned", vocab_size=64)
+    again = GPT.from_pretrained(str(folder))
+    for ours, theirs in zip(model.transformer.h, again.transformer.h, strict=True):
+        assert torch.equal(ours.attn.log_reach, theirs.attn.log_reach)
+        assert not torch.equal(ours.attn.reach(), ours.attn.fixed_reach.float())
+    config = json.loads((folder / "config.json").read_text())
+    for damaged in ([[1.0]], [["a", 1.0]] * 2, None):
+        (folder / "config.json").write_text(json.dumps(config | {"log_reach": damaged}))
+        with pytest.raises(ValueError, match="lacks the log_reach"):
+            GPT.from_pretrained(str(folder))
+    _, softmax = exported(folder="softmax", vocab_size=64)
+    new = GPT.from_pretrained(str(softmax), {"attn_decay": "learned"}).transformer.h[0].attn
+    torch.testing.assert_close(new.reach(), new.fixed_reach.float())
 
 
 @pytest.mark.parametrize("bias", [True, False])
