@@ -41,7 +41,7 @@ bench: .venv/run  ## time a training step of the small model with softmax and th
 compare: .venv/run  ## train nine attentions side by side, 54 runs; half an hour or more
 	$(PY) compare.py config/compare_11.py $(ARGS)
 
-encrypted: .venv/run  ## predict the next character of three encrypted prompts; train if need be
+encrypted: .venv/dev  ## predict the next character of three encrypted prompts; train if need be
 	test -e out-he/ckpt.pt || $(PY) train.py config/train_he.py
 	printf 'The object\nReturn the val\nimport \n' > out-he/prompts.txt
 	$(PY) encrypt.py --out_dir=out-he --prompts=out-he/prompts.txt $(ARGS)

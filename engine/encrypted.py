@@ -160,13 +160,10 @@ class Scheme:
             self.primes.append(data.parms().coeff_modulus()[-1].value())
             data = data.next_context_data()
         self.scale = [2.0**bits]
+        by_weights = (0, packing.n + 3, packing.n + 5)  # whose scale can be chosen to restore it
         for level in range(depth):
-            plain = level in (
-                0,
-                packing.n + 3,
-                packing.n + 5,
-            )  # products with weights reset the scale
-            self.scale.append(2.0**bits if plain else self.scale[level] ** 2 / self.primes[level])
+            squared = self.scale[level] ** 2 / self.primes[level]
+            self.scale.append(2.0**bits if level in by_weights else squared)
 
     def encode(self, values: ndarray, level: int, scale: float):
         """A plaintext with `values` (C T,), real or complex, at `level`."""
@@ -182,10 +179,9 @@ class Scheme:
         try:
             loaded.load(self.context, str(path))
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{path} can't be read as {kind} of this model ({error}); write it again with "
-                "--role=encrypt"
-            ) from error
+            problem = f"{path} can't be read as {kind} of this model ({error})"
+            role = "serve" if path.suffix == ".logits" else "encrypt"
+            raise UserError(f"{problem}; write it again with --role={role}") from error
         return loaded
 
 

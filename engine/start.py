@@ -378,7 +378,7 @@ def from_gpt2(config, given: dict) -> Weights:
     run = Path(name).parent if Path(name).suffix == ".pt" else Path(name)
     if holds_checkpoint(run):
         repair = f"pass --init_from=resume --out_dir={run}, or --init_from=finetune --out_dir={run}"
-        raise UserError(f"init_from={name} is a run, which its folder names; {repair}")
+        raise UserError(f"init_from={name} is a run of train.py; {repair}")
     overrides = {key: value for key, value in model_overrides(config).items() if key in given}
     try:
         model = GPT.from_pretrained(name, overrides, given.get("block_size"))

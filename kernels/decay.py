@@ -39,7 +39,8 @@ def steps_back(like: Tensor, T: int, visible: Tensor | None, reach: Tensor) -> t
     """r (nh, 1, 1), positions i of the queries, positions j of the keys, and i - j, which is 0 for
     j > i. `like`, (B, nh, t, anything), is at least float32; `visible`, bool (B, 1, t, T), says how
     many of the T keys each query sees, None that the t queries are those of the last tokens."""
-    t, reach = like.size(2), reach.to(like.device, like.dtype)[:, None, None]
+    # First the dtype: not every device has float64
+    t, reach = like.size(2), reach.to(like.dtype).to(like.device)[:, None, None]
     j = torch.arange(T, device=like.device)
     i = j[T - t :, None] if visible is None else visible.sum(-1, keepdim=True) - 1
     return reach, i, j, (i - j).clamp(min=0)
