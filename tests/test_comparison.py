@@ -38,6 +38,24 @@ def test_a_comparison_is_drawn_as_means_and_bands_at_the_best_rates(figures, tmp
     assert sm == ("black", [1e-3, 1e-2], pytest.approx([2.1, 3])) and gk[2] == [2.7]
 
 
+def test_a_number_that_varies_becomes_an_axis(figures, tmp_path):
+    lines = ["attn_type,optimizer,n_layer,learning_rate,seed,final_val_loss,diverged,run"]
+    gaps = {1: 0.5, 2: 0.25, 4: 0.125}
+    for n_layer, gap in gaps.items():
+        for attn_type, loss in (("SM", 1.0), ("GK", 1.0 + gap)):
+            name = f"{attn_type}-{n_layer}"
+            lines.append(f"{attn_type},muon,{n_layer},0.001,1,{loss},False,{name}")
+            (tmp_path / name).mkdir()
+            log = "tokens,seconds,val_loss\n0,0,9\n1000000,1,2\n"
+            (tmp_path / name / "log.csv").write_text(log)
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    draw_comparison(tmp_path, tmp_path)
+    (axis,) = figures["compare-n_layer"].axes
+    curves = [tuple(map(list, line.get_data())) for line in axis.lines[:2]]
+    assert curves == [([1, 2, 4], [0, 0, 0]), ([1, 2, 4], [0.5, 0.25, 0.125])]
+    assert "SM optimizer=muon" in [text.get_text() for text in axis.texts]
+
+
 def row_of(attn_type, rate, seed, loss):
     """A row of results.csv; a loss of None has diverged."""
     numbers = {"ms_per_step": 10.0, "tokens_per_s": 1000.0, "peak_mib": None}

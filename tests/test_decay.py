@@ -220,6 +220,8 @@ def test_a_model_learns_its_reaches():
     undecayed = next(g for g in optimizer.param_groups if g["weight_decay"] == 0)
     assert any(p is attn.log_reach for p in undecayed["params"])
     assert attn.log_reach.numel() == 2 and attn.log_reach.dtype == torch.float32
+    attn.log_reach.data[:] = -9.0  # beyond what the Triton kernels can compute
+    assert attn.reach().tolist() == [0.75, 0.75]
 
 
 # ----------------------------------------------------------------------------

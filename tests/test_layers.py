@@ -252,6 +252,9 @@ def test_training_begins_with_the_constants_of_the_first_batch(run_train, tmp_pa
     embedded = math.sqrt(2) * 0.02  # token and position
     assert state["transformer.h.0.ln_1.std"].item() == pytest.approx(embedded, rel=0.2)
     assert state["transformer.ln_f.std"] > state["transformer.h.0.ln_1.std"]
+    run_train("--out_dir=trained", *AS_FLAGS(POLYNOMIAL), "--max_iters=2")
+    trained = ckpt.load(tmp_path / "trained" / "ckpt.pt")["model"]
+    assert all(trained[name] != state[name] for name in state if name.endswith(".std"))
 
 
 @pytest.mark.parametrize("options", [POLYNOMIAL, MODERN])

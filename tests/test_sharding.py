@@ -7,7 +7,7 @@ from conftest import log_rows as rows
 
 from configurator import UserError
 from engine import checkpoint as ckpt
-from engine import start
+from engine import sharding, start
 from engine.runtime import Runtime
 from engine.sharding import checkpoint_activations, part_like, weights, whole
 from model import GPT, GPTConfig
@@ -45,6 +45,15 @@ def test_a_compiled_run_with_checkpointing_is_the_one_without(run_train, tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_checkpoints_activations_if_it_is_asked_to(run_train, monkeypatch):
+    models = []
+    monkeypatch.setattr(sharding, "checkpoint_activations", models.append)
+    run_train("--out_dir=plain", "--max_iters=0")
+    assert not models
+    run_train("--out_dir=checkpointed", "--max_iters=0", "--checkpoint_activations")
+    assert [type(model) for model in models] == [GPT]
+
+
 def train_on_ranks(n_ranks: int, cwd, *args: str):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
     return subprocess_run(*torchrun, ROOT / "train.py", *args, "--device=cpu", cwd=cwd)
@@ -52,6 +61,9 @@ def train_on_ranks(n_ranks: int, cwd, *args: str):
 
 SHARDED = [
     pytest.param(2, ["--dropout=0.1", "--checkpoint_activations"], 2e-6, id="adamw"),
+    pytest.param(
+        2, ["--attn_decay=learned", "--norm=fixed"], 2e-6, id="own", marks=pytest.mark.slow
+    ),
     pytest.param(2, ["--lora_rank=2", "--optimizer=muon"], 2e-4, id="lora-muon"),  # bfloat16 in it
     pytest.param(4, ["--attn_decay=fixed"], 2e-6, id="four", marks=pytest.mark.slow),
 ]
@@ -63,7 +75,13 @@ def test_a_sharded_run_is_the_whole_one_and_each_resumes_the_other(
 ):
     """One rank, then sharded ranks, then one rank again; eval_iters=3 can't be shared evenly."""
     options = [*options, "--gradient_accumulation_steps=4", "--attn_type=GK", "--eval_iters=3"]
-    options += ["--stats_interval=2", "--eval_interval=1", "--lr_decay_iters=6", "--max_iters=6"]
+    options += [
+        "--stats_interval=2",
+        "--eval_interval=1",
+        "--log_interval=1",
+        "--lr_decay_iters=6",
+        "--max_iters=6",
+    ]
     run_train("--out_dir=whole", *options)
     run_train("--out_dir=parts", *options, "--max_iters=2")
     resume = ["--out_dir=parts", "--init_from=resume", f"--data_dir={data_dir}", "--device=cpu"]
