@@ -60,6 +60,7 @@ WITHOUT_EFFECT = (
     "out_dir data_dir init_from allow_mismatch plot wandb_log wandb_project wandb_run_name "
     "tensorboard_log stats_tolerance"
 ).split()
+LISTS = ("seed", "learning_rate", "attn_type")  # keys whose lists have options of their own
 DIVERGED = "diverged.txt"  # in the folder of a diverged run: the error message of train.py
 
 # ---- The trials -------------------------------------------------------------
@@ -144,7 +145,7 @@ class Trial:
 def lists_of_values(given: dict, config: CompareConfig) -> dict[str, list]:
     """{key of Config: the values to try}, those that vary slowest first: seeds, so that a
     comparison stopped halfway has compared something. Raises UserError for what can't be tried."""
-    texts = {key: getattr(config, f"{key}s") for key in ("seed", "learning_rate", "attn_type")}
+    texts = {key: getattr(config, f"{key}s") for key in LISTS}
     options = {key: f"--{key}s={text}" for key, text in texts.items()}
     for key in texts:
         if key in given:
@@ -178,7 +179,7 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
     trials = []
     for combination in product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
-        varied = {key: value for key, value in chosen.items() if key in list(values)[3:]}
+        varied = {key: value for key, value in chosen.items() if key not in LISTS}
         name = "-".join(map(str, (chosen["attn_type"], *varied.values())))
         name += f"-lr{chosen['learning_rate']:g}-seed{chosen['seed']}"
         settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
