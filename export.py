@@ -1,5 +1,5 @@
 """
-Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and its tokenizer.
+Export a checkpoint as a folder that transformers loads: a model, its tokenizer, its model card.
 
     python export.py --out_dir=OUT --to=DIR
     python export.py --out_dir=OUT --to=DIR --checkpoint=best.pt
@@ -7,9 +7,10 @@ Export a checkpoint as a folder that transformers loads: a GPT2LMHeadModel and i
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
-transformers computes softmax attention only. It ignores the keys of config.json that name another
-one (attn_type, attn_decay, pa_length, pa_length_power). train.py, sample.py and evaluate.py read
-them, and take the folder as --init_from=DIR.
+A GPT-2 with softmax becomes a GPT2LMHeadModel. Other attentions, norms and activations, which
+transformers does not have, are written into DIR/modeling_pluggable.py: pass trust_remote_code=True
+to load them. train.py, sample.py and evaluate.py take the folder as --init_from=DIR, and never run
+code from it.
 """
 
 import json
@@ -23,13 +24,20 @@ from pathlib import Path
 from torch import Tensor
 
 import configurator
-from configurator import UserError
+from configurator import ROOT, UserError
 from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
-from engine.layers import OPTIONS
 from engine.loading import load_trained
 from engine.lora import fold_lora
-from engine.pretrained import ATTENTION_ARGS, REACH, SIZES, TRANSPOSED
+from engine.pretrained import OWN_ARGS, SIZES, TRANSPOSED
+from engine.standalone import standalone
 from model import GPTConfig
+
+MODELING = "modeling_pluggable"  # module of engine/, and name of its copy in an exported folder
+EMBEDDINGS = ("transformer.wte", "transformer.wpe")
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING}.PluggableConfig",
+    "AutoModelForCausalLM": f"{MODELING}.PluggableGPT",
+}
 
 
 @dataclass
@@ -47,25 +55,22 @@ def to_hf(
     vocab_size: int | None = None,
     eot: int | None = None,
 ) -> tuple[object, dict[str, Tensor]]:
-    """(GPT2Config, state dict) of a GPT2LMHeadModel that computes what GPT(config) does. `state` is
-    the GPT's state dict without adapters (see lora.fold_lora), whose memory the result shares where
-    it can. Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since transformers
-    would draw them. `eot` is the id of the end of text, if there is one. Raises UserError for a
-    model with parts that GPT2LMHeadModel does not have."""
-    from transformers import GPT2Config
+    """(config, state dict) of the model of transformers that computes what GPT(config) does: a
+    GPT2LMHeadModel, or a PluggableGPT if GPT-2 does not have all its parts. `state` is the GPT's
+    state dict without adapters (see lora.fold_lora), whose memory the result shares where it can.
+    Ids from `vocab_size` on, which only pad the vocabulary, are cut off, since transformers would
+    draw them. `eot` is the id of the end of text, if there is one."""
+    from engine.modeling_pluggable import GPT2Config, PluggableConfig
 
-    own = [f"{key}={getattr(config, key)}" for key in OPTIONS if key in config.model_args()]
-    if own:
-        raise UserError(f"transformers' GPT-2 has no {' and no '.join(own)}; export another run")
     vocab_size = vocab_size or config.vocab_size
     args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
-    args |= {key: value for key, value in config.model_args().items() if key in ATTENTION_ARGS}
-    # transformers would drop them as weights that it does not know; learned reaches are few
-    reaches = [weight.tolist() for name, weight in state.items() if name.endswith(REACH)]
-    args |= {"log_reach": reaches} if reaches else {}
-    args |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-    hf_config = GPT2Config(
-        architectures=["GPT2LMHeadModel"],
+    own = {key: value for key, value in config.model_args().items() if key in OWN_ARGS}
+    args |= own | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if own:
+        args |= {"architectures": ["PluggableGPT"], "auto_map": AUTO_MAP}
+    else:
+        args |= {"architectures": ["GPT2LMHeadModel"]}
+    hf_config = (PluggableConfig if own else GPT2Config)(
         n_positions=config.block_size,
         activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
         bos_token_id=eot,
@@ -74,12 +79,15 @@ def to_hf(
     )
     hf_state = {}
     for name, weight in state.items():
-        if name == "lm_head.weight" or name.endswith(REACH):  # the former is tied
+        if name == "lm_head.weight":  # tied
             continue
         if name == "transformer.wte.weight":
             weight = weight[:vocab_size]
         hf_state[name] = weight.t().contiguous() if name.endswith(TRANSPOSED) else weight
-        if not config.bias and not name.startswith(("transformer.wte", "transformer.wpe")):
+        has_bias = name.endswith(".weight") and not name.startswith(EMBEDDINGS)
+        if config.norm == "rms":
+            has_bias = has_bias and ".ln_" not in name
+        if has_bias and not config.bias:
             hf_state[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight))
     return hf_config, hf_state
 
@@ -121,6 +129,8 @@ def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenize
     hf_config, hf_state = to_hf(state, config, tokenizer and tokenizer.vocab_size, eot)
     generation = GenerationConfig(bos_token_id=eot, eos_token_id=eot)
     files = tokenizer_files(tokenizer, config.block_size) if tokenizer else {}
+    if hf_config.model_type != "gpt2":
+        files[f"{MODELING}.py"] = standalone(ROOT / "engine" / f"{MODELING}.py").encode()
     files["config.json"] = hf_config.to_json_string().encode()
     files["generation_config.json"] = generation.to_json_string().encode()
     to = to.absolute()
@@ -159,10 +169,6 @@ def main() -> None:
     write_folder(Path(config.to), state, model.config, tokenizer)
     if model.config.attn_decay != "none":
         attn_type += " with attn_decay"
-    if attn_type != "SM":
-        warning = f"transformers would compute plain softmax with these weights, not {attn_type}"
-        advice = "use the folder with this project only, e.g.  python sample.py --init_from="
-        print(f"warning: {warning}; {advice}{config.to}", file=sys.stderr)
     print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")
 
 
