@@ -93,7 +93,10 @@ def to_hf(
 
 
 def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
-    """The contents by name of the files from which AutoTokenizer builds the same tokenizer."""
+    """The contents by name of the files from which AutoTokenizer builds the same tokenizer. Texts
+    of characters have no end. Their newline is named as the end of text, because the evaluation
+    harness needs one, for example to begin a document with; config.json names none, so that
+    `generate` does not stop there."""
     config = {"clean_up_tokenization_spaces": False, "model_max_length": block_size}
     if isinstance(tokenizer, GPT2Tokenizer):
         from tiktoken.load import read_file_cached
@@ -113,6 +116,8 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
         hf.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
         hf.decoder = decoders.Fuse()  # joins the strings without spaces in between
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "meta": tokenizer.meta()}
+        if [string for string in strings if "\n" in string] == ["\n"]:
+            config["eos_token"] = "\n"
         files = {"tokenizer.json": hf.to_str(pretty=True).encode()}
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
 

@@ -90,11 +90,13 @@ def config_args(hf_config: Any, name: str) -> dict:
         or hf_config.add_cross_attention
     ):
         raise ValueError(f"{name!r} differs from GPT-2 in its config.json; model.py can't build it")
-    own = {key: getattr(hf_config, key, None) for key in OWN_ARGS}
+    own = {key: getattr(hf_config, key) for key in OWN_ARGS if hasattr(hf_config, key)}
+    if own.get("pa_length", 0) is None:
+        del own["pa_length"]
     return {
         "block_size": hf_config.n_positions,
         "bias": True,
         "gelu": GELU[hf_config.activation_function],
         **{key: getattr(hf_config, key) for key in SIZES},
-        **{key: value for key, value in own.items() if value is not None},
+        **own,
     }

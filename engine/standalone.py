@@ -44,6 +44,8 @@ def read(path: Path) -> Module:
                 if origin and (file := source_file(f"{origin}.{alias.name}")):
                     module.own[name] = (file, None)
                 elif origin and (file := source_file(origin)):
+                    if alias.asname:
+                        raise ValueError(f"{path} gives {alias.name} another name, {name}")
                     module.own[name] = (file, alias.name)
                 else:
                     start = f"from {origin} " if origin else ""
@@ -52,7 +54,9 @@ def read(path: Path) -> Module:
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             module.body.append(node)
             targets = getattr(node, "targets", [getattr(node, "target", node)])
-            for name in (getattr(target, "id", getattr(target, "name", None)) for target in targets):
+            for name in (
+                getattr(target, "id", getattr(target, "name", None)) for target in targets
+            ):
                 module.defined[name] = node
     return module
 
