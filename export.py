@@ -4,6 +4,7 @@ Export a checkpoint as a folder that transformers loads: a model, its tokenizer,
     python export.py --out_dir=OUT --to=DIR
     python export.py --out_dir=OUT --to=DIR --checkpoint=best.pt
     python export.py --out_dir=OUT --to=DIR --merge     # if the run has LoRA adapters
+    python export.py --out_dir=OUT --to=DIR --push=USER/NAME    # after  hf auth login
 
     AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 
@@ -29,6 +30,7 @@ from data.tokenizer import END_OF_TEXT, GPT2_URL, GPT2Tokenizer
 from engine.loading import load_trained
 from engine.lora import fold_lora
 from engine.pretrained import OWN_ARGS, SIZES, TRANSPOSED
+from engine.publishing import check_repo, model_card, push
 from engine.standalone import standalone
 from model import GPTConfig
 
@@ -47,6 +49,12 @@ class Config:
     data_dir: str | None = None  # Data sets, for nanoGPT's checkpoints; auto: data/
     to: str = ""  # Folder to write, which must be new or empty
     merge: bool = False  # Fold LoRA adapters into the weights: transformers' GPT-2 has none
+    push: str | None = None  # Upload the folder to the Hugging Face hub, as USER/NAME
+
+
+def own_args(config: GPTConfig) -> dict:
+    """The values in which a model differs from transformers' GPT-2, which has no such keys."""
+    return {key: value for key, value in config.model_args().items() if key in OWN_ARGS}
 
 
 def to_hf(
@@ -64,13 +72,14 @@ def to_hf(
 
     vocab_size = vocab_size or config.vocab_size
     args = {key: getattr(config, key) for key in SIZES} | {"vocab_size": vocab_size}
-    own = {key: value for key, value in config.model_args().items() if key in OWN_ARGS}
-    args |= own | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-    if own:
+    args |= own_args(config) | dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout
+    )
+    if own_args(config):
         args |= {"architectures": ["PluggableGPT"], "auto_map": AUTO_MAP}
     else:
         args |= {"architectures": ["GPT2LMHeadModel"]}
-    hf_config = (PluggableConfig if own else GPT2Config)(
+    hf_config = (PluggableConfig if own_args(config) else GPT2Config)(
         n_positions=config.block_size,
         activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
         bos_token_id=eot,
@@ -122,10 +131,12 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, bytes]:
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
-def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None) -> None:
+def write_folder(
+    to: Path, state: dict[str, Tensor], config: GPTConfig, tokenizer=None, card: str | None = None
+) -> None:
     """Write GPT(config) with the weights `state` to the folder `to`, whole or not at all. Without a
-    tokenizer the vocabulary keeps its padding. Raises UserError if `to` can't be written, or exists
-    and is not an empty folder."""
+    tokenizer the vocabulary keeps its padding. `card` is its README.md. Raises UserError if `to`
+    can't be written, or exists and is not an empty folder."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -136,6 +147,8 @@ def write_folder(to: Path, state: dict[str, Tensor], config: GPTConfig, tokenize
     files = tokenizer_files(tokenizer, config.block_size) if tokenizer else {}
     if hf_config.model_type != "gpt2":
         files[f"{MODELING}.py"] = standalone(ROOT / "engine" / f"{MODELING}.py").encode()
+    if card:
+        files["README.md"] = card.encode()
     files["config.json"] = hf_config.to_json_string().encode()
     files["generation_config.json"] = generation.to_json_string().encode()
     to = to.absolute()
@@ -162,6 +175,8 @@ def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
     if not config.to:
         raise UserError("to is not set; name a folder to write, e.g. --to=hf")
+    if config.push:
+        check_repo(config.push)
     trained = load_trained(config.out_dir, config.checkpoint, "resume", config.data_dir)
     model, path, tokenizer = trained.model, trained.source, None
     if model.config.lora_rank and not config.merge:
@@ -171,10 +186,14 @@ def main() -> None:
     else:
         print(f"{config.to} has no tokenizer: {trained.no_tokenizer}", file=sys.stderr)
     state, attn_type = fold_lora(model.state_dict(), model.config), model.config.attn_type
-    write_folder(Path(config.to), state, model.config, tokenizer)
+    name, has_code = config.push or config.to, bool(own_args(model.config))
+    card = model_card(name, trained, Path(config.out_dir), has_code)
+    write_folder(Path(config.to), state, model.config, tokenizer, card)
     if model.config.attn_decay != "none":
         attn_type += " with attn_decay"
     print(f"{path} ({attn_type}, {model.get_num_params():,} parameters) is in {config.to}")
+    if config.push:
+        print(f"and at {push(Path(config.to), config.push)}")
 
 
 if __name__ == "__main__":

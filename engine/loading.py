@@ -1,5 +1,6 @@
 """A trained model and its tokenizer: of a run, a GPT-2, or a folder that export.py wrote."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Trained:
     tokenizer_meta: dict  # describes the tokenizer (see tokenizer.from_meta); {}: not known
     dataset: str | None = None  # name of the data set that the run was trained on
     step: int | None = None  # updates that the run has done
+    best_val_loss: float = math.inf
     no_tokenizer: str = ""  # why the tokenizer is not known, and how to repair that
 
     def tokenizer(self) -> Tokenizer:
@@ -79,7 +81,8 @@ def load_trained(
             meta = meta_of_dataset(dataset, data_dir, model.config.vocab_size)
         except UserError as error:
             no_tokenizer = f"the tokenizer of {path} is not known: {error}"
-    return Trained(model, path, meta, dataset, loaded.get("iter_num"), no_tokenizer)
+    step, best_val_loss = loaded.get("iter_num"), float(loaded.get("best_val_loss", math.inf))
+    return Trained(model, path, meta, dataset, step, best_val_loss, no_tokenizer)
 
 
 def meta_of_dataset(name: str, data_dir: str | Path | None, vocab_size: int) -> dict:

@@ -263,7 +263,7 @@ def test_without_its_tokenizer_the_whole_vocabulary_is_exported(
         assert "again has no tokenizer: the tokenizer of ckpt.pt is not known: it was" in stderr
         assert f"trained on data set {dataset}" in stderr
         files = {path.name for path in (tmp_path / "again").iterdir()}
-        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
         assert GPT.from_pretrained(str(tmp_path / "again")).config.vocab_size == 24
 
 
@@ -326,6 +326,7 @@ def test_an_empty_folder_and_a_new_one_below_others_are_filled(exported, tmp_pat
     for folder in ("empty", "some/where/new"):
         names = {path.name for path in exported(folder=folder)[1].iterdir()}
         assert names == {"config.json", "generation_config.json", "model.safetensors"} | {
+            "README.md",
             "tokenizer.json",
             "tokenizer_config.json",
         }
