@@ -6,12 +6,10 @@ Export a checkpoint as a folder that transformers loads: a model, its tokenizer,
     python export.py --out_dir=OUT --to=DIR --merge     # if the run has LoRA adapters
     python export.py --out_dir=OUT --to=DIR --push=USER/NAME    # after  hf auth login
 
-    AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
-
 A GPT-2 with softmax becomes a GPT2LMHeadModel. Other attentions, norms and activations, which
-transformers does not have, are written into DIR/modeling_pluggable.py: pass trust_remote_code=True
-to load them. train.py, sample.py and evaluate.py take the folder as --init_from=DIR, and never run
-code from it.
+transformers does not have, are written into DIR/modeling_pluggable.py. DIR/README.md says how to
+load the model. train.py, sample.py and evaluate.py take the folder as --init_from=DIR, and never
+run code from it.
 """
 
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configurator import UserError
 from data.meta import DATA_DIR, data_folder, read_meta, tokenizer_of
-from data.tokenizer import Tokenizer, from_meta, meta_of_folder
+from data.tokenizer import Tokenizer, from_meta, meta_of_model
 from engine import checkpoint as ckpt
 from model import GPT
 
@@ -50,7 +50,7 @@ def load(
     """A model to draw text from, on the CPU and in eval mode, and its tokenizer; the arguments are
     those of load_trained. Raises UserError if either can't be had."""
     if init_from != "resume":
-        from_meta(meta_of_folder(init_from))  # fails sooner than the weights are read
+        from_meta(meta_of_model(init_from))  # fails sooner than the weights are read
     overrides = {"dropout": 0.0, **overrides}
     trained = load_trained(out_dir, checkpoint, init_from, data_dir, **overrides)
     return trained.model, trained.tokenizer()
@@ -68,7 +68,7 @@ def load_trained(
         except (OSError, ValueError) as error:
             allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
             raise UserError(f"{error}; init_from is {allowed}") from error
-        return Trained(model, init_from, meta_of_folder(init_from))
+        return Trained(model, init_from, meta_of_model(init_from))
     if Path(checkpoint).name != checkpoint:
         raise UserError(f"checkpoint={checkpoint!r} must be a file name inside out_dir")
     path = Path(out_dir) / checkpoint

@@ -24,7 +24,8 @@ PAPERS = {
 CARD = """{front}
 # {name}
 
-A GPT whose attention is `{attn_type}`: {formula}
+A GPT whose attention is `{attn_type}`. Token i weighs token j <= i with
+{formula}
 
 {facts}
 
@@ -34,7 +35,7 @@ A GPT whose attention is `{attn_type}`: {formula}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 
 {scores}## Cite
@@ -44,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 
 def formula(config: GPTConfig) -> str:
-    """What this model's attention computes, in a sentence with Markdown."""
+    """The weight of token j for token i in this model, in Markdown, to end a sentence with."""
     variant, name = parse_attn_type(config.attn_type), config.attn_type
     decays = config.attn_decay != "none"
     if variant is None:
@@ -57,7 +58,10 @@ def formula(config: GPTConfig) -> str:
     elif variant.by_length:
         f += f" / {config.pa_length}^{config.pa_length_power:g}"
     x = {"dot": "q_i.k_j / sqrt(hs)", "distance": "-|q_i - k_j|^2 / (2 sqrt(hs))"}[variant.score]
-    return f"`{f}` with `x = {x}`. The rows of weights are not normalised."
+    what = f"`{f}` with `x = {x}`, where `hs` is the size of a head"
+    if decays:
+        return f"{what}, `r_h` the reach of head h, and `s_i` the sum of exp(-d / r_h) over d <= i."
+    return f"{what}. The weights of a row are not normalised."
 
 
 def model_card(name: str, trained: Trained, run: Path, has_code: bool) -> str:

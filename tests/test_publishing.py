@@ -67,7 +67,7 @@ def test_a_softmax_model_is_loaded_without_code(run, run_train, tmp_path):
     "args, expected",
     [
         ({"attn_type": "SM"}, "`softmax over j of q_i.k_j / sqrt(hs)`."),
-        ({"attn_type": "SM", "attn_decay": "fixed"}, "sqrt(hs) - (i - j) / r_h`."),
+        ({"attn_type": "SM", "attn_decay": "fixed"}, "sqrt(hs) - (i - j) / r_h`"),
         ({"attn_type": "GKpoly-4"}, "`(1 + x / 2^4)^(2^4)` with `x = -|q_i"),
         ({"attn_type": "PA_relu-square", "pa_length": 9}, "`relu-square(x) / 9^1` with `x = q_i."),
         ({"attn_type": "GK", "attn_decay": "learned"}, "`exp(x) exp(-(i - j) / r_h) / s_i`"),
