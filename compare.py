@@ -39,7 +39,7 @@ from engine import comparison
 from engine.files import read_rows, text_table, whole_file
 from engine.run_folder import holds_checkpoint
 from engine.runtime import Interrupt, Runtime, say
-from engine.start import check, open_data, tokens_per_step
+from engine.start import check, check_dataset_is_named, open_data, tokens_per_step
 from train import Config
 
 
@@ -185,6 +185,7 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
         settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
         trials.append(Trial(settings, Config(**settings), varied=varied))
         check(trials[-1].config)
+    check_dataset_is_named([config.base], trials[0].settings, trials[0].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
     if trials[0].config.max_iters < 1:

@@ -276,6 +276,17 @@ def test_values_that_no_run_could_use_are_refused_at_once(run, data_dir, tmp_pat
     assert not (tmp_path / "out-compare").exists()
 
 
+def test_a_base_must_name_its_data_set(tmp_path):
+    """As a config file of train.py must: nanoGPT's count on another default."""
+    (tmp_path / "old.py").write_text("n_layer = 1\n")
+    config = CompareConfig(base=str(tmp_path / "old.py"), learning_rates="1e-3")
+    with pytest.raises(UserError, match="old.py names no data set; pass --dataset=NAME"):
+        compare.make_trials({}, config)
+    assert compare.make_trials({"dataset": "abc"}, config)[0].config.dataset == "abc"
+    config.vary = "dataset=abc,pydocs"
+    assert {trial.config.dataset for trial in compare.make_trials({}, config)} == {"abc", "pydocs"}
+
+
 def test_a_mistake_that_only_train_finds_stops_the_comparison(run, data_dir):
     with pytest.raises(Failed, match="device=cuda:99 can't be used here") as failed:
         run("compare", *COMMON, f"--data_dir={data_dir}", "--device=cuda:99")
