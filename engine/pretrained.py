@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.network import HUB, reachable
 
 # The keys that export.py adds to config.json: which attention the weights were trained with
-ATTENTION_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power")
+ATTENTION_ARGS = ("attn_type", "attn_decay", "attn_center", "pa_length", "pa_length_power")
 REACH = ".attn.log_reach"  # weights that export.py puts into config.json, a list for each layer
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
