@@ -39,7 +39,14 @@ from engine import comparison
 from engine.files import read_rows, text_table, whole_file
 from engine.run_folder import holds_checkpoint
 from engine.runtime import Interrupt, Runtime, say
-from engine.start import check, open_data, tokens_per_step
+from engine.start import (
+    KEPT,
+    check,
+    check_dataset_is_named,
+    model_config,
+    open_data,
+    tokens_per_step,
+)
 from train import Config
 
 
@@ -183,8 +190,13 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
         name = "-".join(map(str, (chosen["attn_type"], *varied.values())))
         name += f"-lr{chosen['learning_rate']:g}-seed{chosen['seed']}"
         settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
+        check(Config(**settings))
+        # A key that means nothing to an attention, as attn_center to SM, gets the value that the
+        # run will record: else it would be trained again each time
+        recorded = {key: getattr(model_config(Config(**settings)), key) for key in KEPT}
+        settings |= {key: recorded[key] for key in recorded.keys() & settings.keys()}
         trials.append(Trial(settings, Config(**settings), varied=varied))
-        check(trials[-1].config)
+    check_dataset_is_named([config.base], trials[0].settings, trials[0].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")
     if trials[0].config.max_iters < 1:

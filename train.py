@@ -76,6 +76,7 @@ class Config:
     attn_type: str = "SM"  # Attention: one of {ATTN_TYPES}
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
+    attn_center: bool = False  # With attn_decay: weights of a token sum to 1, as softmax's do
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
     mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"  # quad: a x^2 + b x, a and b learned

@@ -106,6 +106,7 @@ def check(config: GPTConfig) -> None:
         "mlp_act": ["quad"],
         "position": ["learned"],
         "qk_norm": [False],
+        "attn_center": [False],
     }
     for key, allowed in can_be_folded.items():
         if (value := getattr(config, key)) not in allowed:

@@ -36,7 +36,8 @@ from model import GPT, GPTConfig, choose
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size", "position")
 # What a resumed run can't change, while a finetune may
 KEPT = (
-    "attn_type attn_decay pa_length_power norm mlp_act qk_norm lora_rank lora_alpha lora_targets"
+    "attn_type attn_decay attn_center pa_length_power norm mlp_act qk_norm lora_rank lora_alpha "
+    "lora_targets"
 ).split()
 # Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
 AS_TEACHER = {"dropout": 0.0, "lora_rank": 0}
@@ -188,7 +189,7 @@ def check(config) -> None:
     """Raise UserError for values that are impossible, or impossible together."""
     configurator.check_rules(asdict(config))
     try:
-        GPTConfig(**{key: getattr(config, key) for key in ARCHITECTURE}, **model_overrides(config))
+        model_config(config)
     except ValueError as error:
         raise UserError(error) from error
     for key in ("out_dir", "save_dir", "teacher"):
@@ -272,6 +273,13 @@ def matching_steps(config) -> int:
 def model_overrides(config) -> dict:
     """The fields of GPTConfig that may differ from those of the weights a model starts with."""
     return {key: getattr(config, key) for key in (*KEPT, "attn_impl", "dropout")}
+
+
+def model_config(config) -> GPTConfig:
+    """The model that these settings ask for, without its vocabulary. Raises ValueError for values
+    that no model can have."""
+    architecture = {key: getattr(config, key) for key in ARCHITECTURE}
+    return GPTConfig(**architecture, **model_overrides(config))
 
 
 def choose_implementation(config, rt: Runtime) -> str:

@@ -355,7 +355,7 @@ def blockwise_forward(
     seed: Tensor | None, name: str, divisor: float, dropout: float, reach: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """y (B, nh, T, hs) as defined at the top of this file."""
-    y = empty_heads_last(q)
+    y = empty_heads_last(v)
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout, reach)
         for b, h in t.groups:
@@ -381,7 +381,7 @@ def blockwise_backward(
     seed: Tensor | None, name: str, divisor: float, dropout: float, reach: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv (B, nh, T, hs) as defined at the top of this file."""
-    dq, dk, dv = (empty_heads_last(q) for _ in range(3))
+    dq, dk, dv = map(empty_heads_last, (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         t = Tiles(q, seed, name, divisor, dropout, reach)
         alpha, dy = t.c * t.scale, (dy / t.decay.sums).to(q.dtype) if t.decay else dy
@@ -417,12 +417,12 @@ def blockwise_backward(
 
 @blockwise_forward.register_fake
 def _(q, k, v, seed, name, divisor, dropout, reach):
-    return empty_heads_last(q)
+    return empty_heads_last(v)
 
 
 @blockwise_backward.register_fake
 def _(dy, q, k, v, seed, name, divisor, dropout, reach):
-    return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
+    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -441,9 +441,9 @@ blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. Returns a callable
     (q, k, v, dropout=0.0, reach=None) -> y for q, k, v (B, nh, T, hs) of one dtype and any strides,
-    and with a public decay the reach of each head, (nh,). y has the shape of q, with its heads last
-    in memory; dropout is of weights. A later call with the same name and another entry changes what
-    the earlier callables compute."""
+    and with a public decay the reach of each head, (nh,). v may be wider or narrower than q and k.
+    y has the shape of v, with its heads last in memory; dropout is of weights. A later call with
+    the same name and another entry changes what the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_
 

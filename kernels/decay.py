@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SHORTEST = 2.0  # tokens
 SHORTEST_LEARNED = 0.75  # a factor of 0.26 for the last token but one; see triton_kernels.py
@@ -57,6 +58,33 @@ def apply(A: Tensor, visible: Tensor | None, reach: Tensor | None) -> Tensor:
         return A
     reach, i, _, distance = steps_back(A, A.size(-1), visible, reach)
     return A * (torch.exp(-distance / reach) / row_sums(reach, i))
+
+
+def mean(v: Tensor, t: int, visible: Tensor | None, reach: Tensor) -> Tensor:
+    """m_i = sum_(j <= i) gamma^(i - j) v_j / s_i for the last t tokens of v (B, nh, T, hs), or for
+    t queries that see what `visible` says: (B, nh, t, hs), in float32 or float64. All T at once
+    take O(T^1.5): chunks of sqrt(T) tokens, and before each the sum of those that precede it."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    B, nh, T, hs = v.shape
+    with torch.autocast(v.device.type, enabled=False):
+        if visible is not None or t < T:
+            seen = v.new_ones(t, T).tril(T - t) if visible is None else visible.to(v.dtype)
+            return apply(seen.expand(B, nh, t, T), visible, reach) @ v
+        reach, j = reach.to(v.dtype).to(v.device)[:, None, None], torch.arange(T, device=v.device)
+        size = math.ceil(math.sqrt(T))
+        n, i = math.ceil(T / size), j[:size, None]
+        chunks = F.pad(v, (0, 0, 0, n * size - T)).view(B, nh, n, size, hs)
+        powers = torch.exp(
+            -(i - i.mT).clamp(min=0) / reach
+        ).tril()  # gamma^(i - j): (nh, size, size)
+        sums = powers[:, None] @ chunks
+        ends = sums[:, :, :, -1]  # (B, nh, n, hs)
+        between = (j[:n, None] - j[:n] - 1).clamp(min=0) * size
+        before = (
+            torch.exp(-between / reach).tril(-1) @ ends
+        )  # at the last token of the chunk before
+        sums = sums + torch.exp(-(i + 1) / reach)[:, None] * before[:, :, :, None]
+        return sums.flatten(2, 3)[:, :, :T] / row_sums(reach, j[:, None])
 
 
 def bias(q: Tensor, T: int, visible: Tensor | None, reach: Tensor | None) -> Tensor | None:

@@ -185,6 +185,15 @@ def test_a_run_is_done_again_if_its_result_could_change(tmp_path):
     assert not trial.is_same()
 
 
+def test_a_run_is_not_done_again_for_a_key_that_means_nothing_to_its_attention(run, data_dir):
+    args = [*COMMON, f"--data_dir={data_dir}", "--seeds=1", "--learning_rates=1e-2"]
+    args += ["--attn_types=SM,PA_relu", "--pa_length_power=0.5", "--attn_center=True"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "start_training", train_in_this_process)
+        assert "0 of them done" in run("compare", *args)
+    assert "2 of them done" in run("compare", *args)
+
+
 def test_what_a_process_that_ended_means(tmp_path):
     trial = Trial({}, Config(out_dir=str(tmp_path / "run"), max_iters=2), {})
     trial.folder.mkdir()
@@ -274,6 +283,17 @@ def test_values_that_no_run_could_use_are_refused_at_once(run, data_dir, tmp_pat
             run("compare", *COMMON, f"--data_dir={data_dir}", arg)
         assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
     assert not (tmp_path / "out-compare").exists()
+
+
+def test_a_base_must_name_its_data_set(tmp_path):
+    """As a config file of train.py must: nanoGPT's count on another default."""
+    (tmp_path / "old.py").write_text("n_layer = 1\n")
+    config = CompareConfig(base=str(tmp_path / "old.py"), learning_rates="1e-3")
+    with pytest.raises(UserError, match="old.py names no data set; pass --dataset=NAME"):
+        compare.make_trials({}, config)
+    assert compare.make_trials({"dataset": "abc"}, config)[0].config.dataset == "abc"
+    config.vary = "dataset=abc,pydocs"
+    assert {trial.config.dataset for trial in compare.make_trials({}, config)} == {"abc", "pydocs"}
 
 
 def test_a_mistake_that_only_train_finds_stops_the_comparison(run, data_dir):

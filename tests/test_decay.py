@@ -36,7 +36,7 @@ def written_out(name, q, k, v, length=L):
                 gamma = torch.exp(-d / r)
                 A = variant.f(x if variant.score == "distance" else dot) * gamma / gamma.sum()
             y.append((A[:, :, None] * v[:, h, : i + 1]).sum(1))
-    return torch.stack(y, 1).view(B, nh, T, hs)
+    return torch.stack(y, 1).view(B, nh, T, -1)
 
 
 def decayed(name, impl="auto", length=L):
@@ -225,6 +225,79 @@ def test_a_model_learns_its_reaches():
 
 
 # ----------------------------------------------------------------------------
+# attn_center: rows of sum 1
+
+
+def centred(name, impl="auto"):
+    return attention(name, L, impl=impl, attn_decay="fixed", attn_center=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("nh", [1, 3])
+def test_centred_rows_are_the_decays_plus_deviations_of_the_weights_from_their_mean(name, nh):
+    q, k, *_ = inputs(2, nh, 17, 8)
+    identity = torch.eye(17).double().expand(2, nh, 17, 17)
+    A = decayed(name, "reference")(q, k, identity)
+    D = written_out("PA_identity", *[torch.ones(2, nh, 17, 4).double()] * 2, identity) / 2  # x = 2
+    got = centred(name)(q, k, identity)
+    torch.testing.assert_close(got, A + D * (1 - A.sum(-1, keepdim=True)))
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, nh, 17).double())
+    assert got.min() >= 0 or not name.startswith("GK")
+    one_row = centred(name)(q[:, :, -1:], k, identity)  # as with a cache
+    torch.testing.assert_close(one_row, got[:, :, -1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_mean_by_chunks_is_that_of_all_factors_at_once(dtype):
+    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6}[dtype]
+    for shape in SHAPES:
+        _, _, v, dy = inputs(*shape, dtype)
+        reach = decay.fixed_reach(shape[1], L).requires_grad_()
+        m, wide = decay.mean(v, shape[2], None, reach), v.detach().double().requires_grad_()
+        D = decay.apply(torch.ones(*shape[:3], shape[2]).double().tril(), None, reach)
+        want = D @ wide, *torch.autograd.grad(D @ wide, (wide, reach), dy.double())
+        got = m, *torch.autograd.grad(m, (v, reach), dy)
+        # The gradient of a reach is a small difference of large numbers
+        for a, b, factor in zip(got, want, (1, 1, 100), strict=True):
+            assert (a - b).norm() <= factor * tolerance * max(1, b.norm()), shape
+
+
+@pytest.mark.parametrize("name", ["GK", "GKpoly-4", "PA_relu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blockwise_centred_attention_is_the_plain_formula(name, dtype):
+    for shape in SHAPES:
+        if shape[2] == 1:  # the only weight is 1: gradients of q and k are rounding errors
+            continue
+        q, k, v, dy = inputs(*shape, dtype)
+        wide = (t.detach().double().requires_grad_() for t in (q, k, v))
+        want = run(centred(name, "reference"), *wide, dy.double())
+        assert_close(run(centred(name, "blockwise"), q, k, v, dy), want, TOLERANCE[dtype])
+
+
+def test_triton_sums_rows_in_a_second_pass(monkeypatch):
+    """Its kernels take v as wide as q; here the plain formula takes their place."""
+    from kernels import triton_kernels
+
+    def of_one_shape(q, k, v, dropout, reach):
+        assert q.shape == k.shape == v.shape
+        return pointwise_attention(q, k, v, parse_attn_type("GK"), dropout=dropout, reach=reach)
+
+    case = inputs(2, 3, 20, 8)
+    want = run(centred("GK", "reference"), *case)
+    monkeypatch.setattr("model.choose", lambda *_: "triton")
+    monkeypatch.setattr(triton_kernels, "attention", lambda *_: of_one_shape)
+    assert_close(run(centred("GK", "triton"), *case), want, 1e-12)
+
+
+def test_centring_means_nothing_without_a_decay_or_for_softmax():
+    centres = lambda **args: GPTConfig(attn_center=True, **args).attn_center
+    assert centres(attn_type="GK", attn_decay="learned")
+    assert not centres(attn_type="GK") and not centres(attn_type="SM", attn_decay="fixed")
+    with pytest.raises(ValueError, match="attn_center=1 is not True or False"):
+        GPTConfig(attn_center=1)
+
+
+# ----------------------------------------------------------------------------
 # The model
 
 
@@ -255,8 +328,9 @@ def test_without_it_nothing_changes_by_a_bit(attn_type):
 
 @pytest.mark.parametrize("attn_decay", ["fixed", "learned"])
 @pytest.mark.parametrize("attn_type", ["SM", *NAMES])
-def test_a_cache_changes_nothing(attn_type, attn_decay):
-    model = tiny(attn_type, attn_decay)
+@pytest.mark.parametrize("attn_center", [False, True])
+def test_a_cache_changes_nothing(attn_type, attn_decay, attn_center):
+    model = tiny(attn_type, attn_decay, attn_center=attn_center)
     prompts = [torch.arange(n) for n in (2, 5, 1)]
     drawn = torch.stack(list(stream(model, prompts, 1, 9, temperature=0)), dim=1)
     for prompt, ids in zip(prompts, drawn, strict=True):
@@ -283,11 +357,12 @@ def test_its_length_is_that_of_training():
 
 
 @pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
-def test_pictures_and_ranges_show_the_decaying_weights(attn_type):
+@pytest.mark.parametrize("attn_center", [False, True])
+def test_pictures_and_ranges_show_the_decaying_weights(attn_type, attn_center):
     from engine import ranges
     from engine.runtime import Runtime
 
-    model, rt = tiny(attn_type), Runtime("cpu", "float32", False)
+    model, rt = tiny(attn_type, attn_center=attn_center), Runtime("cpu", "float32", False)
     idx = torch.randint(31, (1, 16))
     qkv = ranges.each_layer(model, idx, rt, lambda q, k, _: (q, k))
     for (q, k), A in zip(qkv, ranges.attention_maps(model, idx, rt), strict=True):
@@ -296,25 +371,31 @@ def test_pictures_and_ranges_show_the_decaying_weights(attn_type):
             written_out(attn_type, q, k, width[..., c : c + 8].expand(1, 2, 16, 8), 16)
             for c in (0, 8)
         ]
-        torch.testing.assert_close(A[None], torch.cat(columns, -1), rtol=1e-4, atol=1e-6)
+        want = torch.cat(columns, -1)
+        if model.config.attn_center:
+            identity = torch.eye(16).expand(1, 2, 16, 16)
+            want = attention(attn_type, 16, attn_decay="fixed", attn_center=True)(q, k, identity)
+        torch.testing.assert_close(A[None], want, rtol=1e-4, atol=1e-6)
     rows = ranges.measure(model, idx, rt)
     if attn_type == "GK":
-        assert all(0 < row["row_max"] <= 1 for row in rows)
+        assert all(0 < row["row_max"] <= 1 + 1e-6 for row in rows)
 
 
 def test_a_run_keeps_it_and_a_finetune_may_change_it(run_train, tmp_path):
     def args_of(folder):
         return torch.load(tmp_path / folder / "ckpt.pt", weights_only=True)["model_args"]
 
-    run_train("--out_dir=run", "--attn_type=GK", "--attn_decay=fixed")
+    run_train("--out_dir=run", "--attn_type=GK", "--attn_decay=fixed", "--attn_center=True")
     assert args_of("run")["attn_decay"] == "fixed" and args_of("run")["pa_length"] == 16
+    assert args_of("run")["attn_center"] is True
     run_train("--init_from=resume", "--out_dir=run")
     assert args_of("run")["attn_decay"] == "fixed"
     with pytest.raises(Failed, match="attn_decay=fixed"):
         run_train("--init_from=resume", "--out_dir=run", "--attn_decay=none")
     tune = ["--init_from=finetune", "--out_dir=run", "--save_dir=tuned", "--lora_rank=2"]
     run_train(*tune, "--attn_decay=none")
-    assert "attn_decay" not in args_of("tuned") and "pa_length" not in args_of("tuned")
+    assert not {"attn_decay", "attn_center"} & args_of("tuned").keys()
+    assert "pa_length" not in args_of("tuned")
     distill = ["--init_from=distill", "--teacher=tuned", "--out_dir=student"]
     run_train(*distill, "--attn_type=GKpoly-4", "--attn_decay=fixed", "--block_size=8")
     assert args_of("student")["attn_decay"] == "fixed" and args_of("student")["pa_length"] == 8
