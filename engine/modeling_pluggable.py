@@ -9,7 +9,6 @@ export.py writes this file into the folder of a model, together with the formula
 Caches and left-padded batches work as for GPT-2. Weights are float32 or float64, or 16 bits wide.
 """
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
@@ -34,25 +33,28 @@ class PluggableConfig(GPT2Config):
     qk_norm: bool = False
     bias: bool = True
 
+    # Whoever asks for another implementation, "eager" for one, would get softmax
+    _attn_implementation = property(lambda self: ATTENTION, lambda self, asked: None)
+
 
 def attend(
     attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, **_
 ) -> tuple[Tensor, None]:
     """The attention of a GPT2Attention: q (B, nh, t, hs), k and v (B, nh, T, hs) -> (B, t, nh, hs).
-    `mask`, bool (B, 1, t, T), says which keys each query sees. Keys to the left of the first one
-    that a query sees are padding, and do not count as positions."""
+    `mask`, bool (B, 1, t, T), says which keys each query sees. Keys that no query sees are padding,
+    and do not count as positions."""
     config = attn.config
     # A query that is padding itself sees no key. Nobody reads its output, but it must stay finite.
     visible = mask | ~mask.any(-1, keepdim=True)
-    first = visible[:, 0, -1].int().argmax(-1, keepdim=True)  # (B, 1)
-    q = attn.qk.prepare(q, visible[:, 0].sum(-1) - 1)
-    k = attn.qk.prepare(k, torch.arange(k.size(2), device=k.device) - first)
+    pos = mask[:, 0].any(-2).cumsum(-1) - 1  # (B, T), of the keys
+    last = (pos[:, None] * visible[:, 0]).amax(-1)  # (B, t), of the last key that each query sees
+    q, k = attn.qk.prepare(q, last), attn.qk.prepare(k, pos)
     L, reach = config.pa_length or config.n_positions, None
     if config.attn_decay == "fixed":
         reach = decay.fixed_reach(config.n_head, L)
     elif config.attn_decay == "learned":
         reach = attn.log_reach.exp().clamp(min=decay.SHORTEST_LEARNED)
-    variant = parse_attn_type(config.attn_type)
+    variant = attn.variant
     if variant is None:
         y = softmax_attention(q, k, v, dropout, visible, reach)
     else:
@@ -68,8 +70,10 @@ def boolean_mask(*args, **options) -> Tensor:
     return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
 
 
-AttentionInterface.register(PluggableConfig.model_type, attend)
-AttentionMaskInterface.register(PluggableConfig.model_type, boolean_mask)
+# A name for this copy of this file alone, as a process may load several folders
+ATTENTION = f"pluggable_{id(attend)}"
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, boolean_mask)
 
 
 class PluggableGPT(GPT2LMHeadModel):
@@ -77,7 +81,6 @@ class PluggableGPT(GPT2LMHeadModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
 
     def __init__(self, config: PluggableConfig):
-        config._attn_implementation = PluggableConfig.model_type
         super().__init__(config)
         if config.position == "rope":
             self.transformer.wpe = layers.NoEmbedding()
@@ -85,8 +88,10 @@ class PluggableGPT(GPT2LMHeadModel):
             self.transformer.ln_f = layers.norm(config)
         for block in self.transformer.h:
             block.attn.qk = layers.QueriesAndKeys(config)
+            block.attn.variant = parse_attn_type(config.attn_type)
             if config.attn_decay == "learned":
-                block.attn.log_reach = nn.Parameter(torch.zeros(config.n_head))
+                reach = decay.fixed_reach(config.n_head, config.pa_length or config.n_positions)
+                block.attn.log_reach = nn.Parameter(reach.log().to(block.attn.c_attn.weight))
             if config.norm != "layer":
                 block.ln_1, block.ln_2 = layers.norm(config), layers.norm(config)
             if config.mlp_act != "gelu":

@@ -39,16 +39,16 @@ def row_sums(reach: Tensor, i: Tensor) -> Tensor:
 def steps_back(like: Tensor, T: int, visible: Tensor | None, reach: Tensor) -> tuple[Tensor, ...]:
     """r (nh, 1, 1), positions i of the queries, positions j of the keys, and i - j, which is 0 for
     j > i. `like`, (B, nh, t, anything), is at least float32; `visible`, bool (B, 1, t, T), says
-    which of the T keys each query sees: consecutive ones, of which the first has position 0. None
-    means that the t queries are those of the last tokens."""
+    which of the T keys each query sees: the first one has position 0, and keys that it does not see
+    do not count. None means that the t queries are those of the last tokens."""
     # First the dtype: not every device has float64
     t, reach = like.size(2), reach.to(like.dtype).to(like.device)[:, None, None]
     j = torch.arange(T, device=like.device)
     if visible is None:
         i = j[T - t :, None]
     else:
-        i = visible.sum(-1, keepdim=True) - 1
-        j = j - visible.int().argmax(-1, keepdim=True)
+        j = visible.cumsum(-1) - 1
+        i = j[..., -1:]
     return reach, i, j, (i - j).clamp(min=0)
 
 

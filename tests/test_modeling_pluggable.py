@@ -1,6 +1,7 @@
 """modeling_pluggable.py: exported models in transformers, with the logits of model.py."""
 
 import sys
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -88,6 +89,114 @@ def test_texts_of_several_lengths_are_continued_with_and_without_a_cache(both, a
             assert torch.equal(drawn.sequences[row, 9 - len(prompt) :], expected), cache
         last = torch.cat((padded[1], drawn.sequences[1, 9:-1]))[None]
         assert_close(drawn.logits[-1][1], model(last)[0][0, -1])
+
+
+POSITIONS = [
+    {"attn_type": "PA_relu"},
+    {"attn_type": "GK", "position": "rope"},
+    {"attn_type": "SM", "attn_decay": "fixed"},
+    {"attn_type": "GK", "attn_decay": "fixed"},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("args", POSITIONS, ids=str)
+def test_padding_in_the_middle_does_not_count_as_positions(both, args):
+    model, hf = both(**args)
+    texts = [torch.randint(1, V, (n,)) for n in (4, 9)]
+    right_padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = (right_padded > 0).long()
+    start = hf(right_padded, attention_mask=mask, use_cache=True)
+    more = torch.randint(1, V, (2, 3))  # of each text, after the padding
+    mask = torch.cat((mask, torch.ones_like(more)), dim=1)
+    position_ids = (mask.cumsum(-1) - 1)[:, 9:]
+    cache = {"past_key_values": start.past_key_values}
+    rest = hf(more, attention_mask=mask, position_ids=position_ids, **cache)
+    for row, text in enumerate(texts):
+        whole = torch.cat((text, more[row]))[None]
+        expected = model(whole, whole)[0][0]
+        assert_close(start.logits[row, : len(text)], expected[: len(text)])
+        assert_close(rest.logits[row], expected[len(text) :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("args", POSITIONS, ids=str)
+def test_texts_that_share_a_row_do_not_see_each_other(both, args):
+    model, hf = both(**args)
+    texts = [torch.randint(V, (1, n)) for n in (4, 9)]
+    positions = torch.cat([torch.arange(text.size(1)) for text in texts])[None]
+    logits = hf(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+    assert_close(logits, torch.cat([model(text, text)[0] for text in texts], 1))
+
+
+@torch.no_grad()
+def test_no_other_implementation_of_attention_is_ever_used(both):
+    model, hf = both(attn_type="GK")
+    idx = torch.arange(9)[None]
+    for part, name in product((hf, hf.transformer), ("eager", "sdpa")):  # which are softmax
+        with suppress(ValueError):
+            part.set_attn_implementation(name)
+        assert_close(hf(idx).logits, model(idx, idx)[0])
+
+
+def test_an_unknown_attention_is_refused_when_the_model_is_built(both):
+    _, hf = both(attn_type="GK")
+    hf.config.attn_type = "GKpoly"
+    with pytest.raises(ValueError, match="attn_type='GKpoly' is not known"):
+        type(hf)(hf.config)
+
+
+@torch.no_grad()
+def test_folders_with_other_formulas_are_loaded_side_by_side(both, tmp_path):
+    _, hf = both(attn_type="GK")
+    idx = torch.arange(9)[None]
+    expected = hf(idx).logits
+    (tmp_path / "hf").rename(tmp_path / "other")
+    path = tmp_path / "other" / "modeling_pluggable.py"
+    text = path.read_text()
+    assert text.count('"distance", torch.exp)') == 1
+    path.write_text(text.replace('"distance", torch.exp)', '"distance", torch.zeros_like)'))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    other = load(tmp_path / "other", trust_remote_code=True)
+    assert not torch.equal(other(idx).logits, expected)
+    assert torch.equal(hf(idx).logits, expected)
+
+
+def test_new_weights_begin_with_the_reaches_of_model_py(both):
+    model, hf = both(attn_type="GK", attn_decay="learned", pa_length=24)
+    new = type(hf)(hf.config).transformer.h[0].attn.log_reach
+    torch.testing.assert_close(new.exp(), model.transformer.h[0].attn.fixed_reach.float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("args", [{"attn_type": "GKpoly-4", "attn_decay": "learned"}, OPTIONS[1]])
+def test_the_compiler_takes_the_whole_model(both, args):
+    _, hf = both(**args)
+    idx = torch.arange(9)[None]
+    compiled = torch.compile(hf, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(idx).logits, hf(idx).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits(both, tmp_path, dtype):
+    model, _ = both(**OPTIONS[3])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    hf = load(tmp_path / "hf", trust_remote_code=True, dtype=dtype)
+    assert {weight.dtype for weight in hf.parameters()} == {dtype}
+    idx = torch.randint(V, (2, T))
+    assert_close(hf(idx).logits, model(idx, idx)[0], 3e-2)
+
+
+def test_a_folder_that_transformers_saved_is_loaded_by_both(both, tmp_path):
+    model, hf = both(**OPTIONS[3])
+    hf.save_pretrained(tmp_path / "again")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    again = load(tmp_path / "again", trust_remote_code=True)
+    idx = torch.randint(V, (2, T))
+    assert torch.equal(again(idx).logits, hf(idx).logits)
+    ours = GPT.from_pretrained(str(tmp_path / "again")).eval()
+    assert torch.equal(ours(idx, idx)[0], model(idx, idx)[0])
+    assert ours.config == model.config
 
 
 def test_gradients_are_those_of_model_py(both):
