@@ -216,7 +216,7 @@ class GPTConfig:
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
     norm: Literal["layer", "rms", "fixed"] = "layer"  # for this and the next three, see layers.py
-    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"
+    mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"
     position: Literal["learned", "rope"] = "learned"
     qk_norm: bool = False
     lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: no adapters

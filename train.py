@@ -78,7 +78,7 @@ class Config:
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
-    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"  # quad: a x^2 + b x, a and b learned
+    mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"  # See engine/layers.py
     position: Literal["learned", "rope"] = "learned"  # rope: queries and keys are rotated
     qk_norm: bool = False  # Queries and keys of one length, which is learned for each head
     n_layer: int = 12  # Number of blocks

@@ -20,6 +20,7 @@ from model import GPT, GPTConfig, attention, parse_attn_type
 POLYNOMIAL = {"norm": "fixed", "mlp_act": "quad"}
 MODERN = {"norm": "rms", "mlp_act": "relu-square", "position": "rope", "qk_norm": True}
 OPTIONS = [POLYNOMIAL, MODERN, {**POLYNOMIAL, "position": "rope"}, {"qk_norm": True, "bias": False}]
+OPTIONS += [{"norm": "fixed", "mlp_act": "quartic"}]
 SHAPE = dict(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 RT = Runtime("cpu", "float32", False)
 AS_FLAGS = lambda options: [f"--{key}={value}" for key, value in options.items()]
@@ -65,6 +66,8 @@ def numpy_logits(model, row):
             return x * (1 + erf(x / math.sqrt(2))) / 2
         if c.mlp_act == "relu-square":
             return np.maximum(x, 0) ** 2
+        if c.mlp_act == "quartic":
+            return 0.5 * x + 0.25 * x**2 - 0.006 * x**4
         return w[f"{name}.a"] * x**2 + w[f"{name}.b"] * x
 
     def prepare(x, gain):  # (T, hs)
