@@ -416,8 +416,9 @@ class GPT(nn.Module):
         """
         config, state = pretrained.read_gpt2(model_type, GPTConfig, override_args or {}, pa_length)
         model = cls(config)
-        missing, _ = model.load_state_dict(state, strict=False)
+        missing, left_out = model.load_state_dict(state, strict=False)
         assert all(".lora_" in n or n.endswith(layers.OWN_WEIGHTS) for n in missing), missing
+        layers.say_left_out(left_out, model_type)
         return model
 
     def configure_optimizers(

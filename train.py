@@ -92,6 +92,9 @@ class Config:
     lora_alpha: float = 16.0  # Adapters are scaled by lora_alpha / lora_rank
     lora_targets: str = "attn.c_attn,attn.c_proj"  # Layers with adapters; mlp.c_fc, mlp.c_proj too
 
+    # Conversion to norm=fixed, mlp_act=quad or quartic
+    anneal_iters: int = 0  # Steps in which they gradually replace LayerNorm and GELU
+
     # Conversion (init_from=distill): match the teacher's attention, then train the whole model
     teacher: str | None = None  # Teacher: a run's folder, a GPT-2 name, or an exported folder
     distill_iters: int | None = None  # Steps of matching, before the rest; auto: max_iters / 2
@@ -316,6 +319,7 @@ def loop(
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        layers.anneal(model, step, config.anneal_iters)
         began = time.perf_counter()
         result = train_step(trainee.model, optimizer, scaler, batches, rt, config, step)
         loss, norm, updated = result

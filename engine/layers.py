@@ -20,6 +20,8 @@ Shapes: B batch, T sequence length, C embedding width, nh heads, hs head size.
 """
 
 import math
+import os
+import sys
 from typing import Any
 
 import torch
@@ -33,10 +35,47 @@ OPTIONS = ("norm", "mlp_act", "position", "qk_norm")
 OWN_WEIGHTS = (".std", ".act.a", ".act.b", ".qk.gain", ".log_reach")
 EPS = 1e-5  # nn.LayerNorm's
 
+# ---- From GPT-2's parts to polynomials, step by step ------------------------
+
+
+class Annealed(nn.Module):
+    """A polynomial that may replace GPT-2's part gradually. While it `anneals`, the output in
+    training is a mixture of the two, of which `share` is the polynomial's. Evaluation sees the
+    polynomial alone, and so does whoever loads a checkpoint from the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.anneals = False
+        self.register_buffer("share", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.polynomial(x)
+        if self.training and self.anneals:
+            before = self.gpt2(x)
+            y = before + self.share.to(y.dtype) * (y - before)
+        return y
+
+
+def anneal(model: nn.Module, step: int, steps: int) -> None:
+    """Set the share of every polynomial for the update after `step` of them: it grows from 0 to 1
+    over the first `steps` updates."""
+    for part in model.modules():
+        if isinstance(part, Annealed):
+            part.anneals = step < steps
+            part.share.fill_(min(1.0, step / max(1, steps)))
+
+
+def say_left_out(names: list[str], source: Any) -> None:
+    """Say in one line on stderr which weights of `source` a model has no place for, if any."""
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in names})
+    if kinds and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: left out {', '.join(kinds)}: this model has none", file=sys.stderr)
+
+
 # ---- Norms ------------------------------------------------------------------
 
 
-class FixedNorm(nn.Module):
+class FixedNorm(Annealed):
     """LayerNorm with a constant in place of each token's own deviation, so that it folds into the
     next matrix. The constant follows the root mean square of x - mean(x) in training: `track` moves
     it after every step, and nothing else does. No gradient flows through it."""
@@ -51,7 +90,10 @@ class FixedNorm(nn.Module):
         # Since the last step: the sum over forward passes of mean((x - mean(x))^2), and their count
         self.register_buffer("seen", torch.zeros(2), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gpt2(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPS)
+
+    def polynomial(self, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
         if self.training and self.weight.requires_grad:  # not under adapters: all else is frozen
             square = x.detach().float().square().mean()
@@ -117,26 +159,35 @@ class ReluSquare(nn.Module):
         return F.relu(x).square()
 
 
-class Quad(nn.Module):
+class PolynomialActivation(Annealed):
+    def __init__(self, gelu: str = "none"):
+        super().__init__()
+        self.gelu = gelu  # the form of GELU that it may replace gradually
+
+    def gpt2(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.gelu)
+
+
+class Quad(PolynomialActivation):
     """a x^2 + b x. It begins as the parabola that touches GELU at 0 in value and slope."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, gelu: str = "none"):
+        super().__init__(gelu)
         self.a = nn.Parameter(torch.full((1,), 1 / math.sqrt(2 * math.pi)))
         self.b = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def polynomial(self, x: Tensor) -> Tensor:
         return (self.a * x + self.b) * x
 
 
-class Quartic(nn.Module):
+class Quartic(PolynomialActivation):
     """x / 2 + x^2 / 4 - 0.006 x^4, close to GELU for scores of usual size. It falls for |x| > 4.6,
     and training keeps away from there. Learning the coefficients changed neither them nor the loss:
     scale and shift of x are those of the matrix before."""
 
     LINEAR, SQUARE, FOURTH = 0.5, 0.25, -0.006
 
-    def forward(self, x: Tensor) -> Tensor:
+    def polynomial(self, x: Tensor) -> Tensor:
         square = x * x
         return self.LINEAR * x + (self.SQUARE + self.FOURTH * square) * square
 
@@ -145,9 +196,9 @@ def activation(config: Any) -> nn.Module:
     """The function between the MLP's two matrices, of this GPTConfig."""
     match config.mlp_act:
         case "quad":
-            return Quad()
+            return Quad(config.gelu)
         case "quartic":
-            return Quartic()
+            return Quartic(config.gelu)
         case "relu-square":
             return ReluSquare()
     return nn.GELU(approximate=config.gelu)
