@@ -148,12 +148,19 @@ def from_meta(meta: dict) -> Tokenizer:
     )
 
 
-def meta_of_folder(folder: str | Path) -> dict:
-    """The description of the tokenizer of a model in transformers' format: the one that export.py
-    has written into the folder, or else GPT-2's."""
+def meta_of_model(name: str) -> dict:
+    """The description of the tokenizer of a model in transformers' format, which is a folder or on
+    the hub: the one that export.py has written beside it, or else GPT-2's."""
+    file = "tokenizer_config.json"
     try:
-        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return config["meta"]
+        path = Path(name, file)
+        if name.count("/") == 1 and not Path(name).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            from engine.network import HUB, reachable
+
+            path = Path(hf_hub_download(name, file, local_files_only=not reachable(HUB)))
+        return json.loads(path.read_text(encoding="utf-8"))["meta"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {"tokenizer": "gpt2"}
 

@@ -210,8 +210,8 @@ def activation(config: Any) -> nn.Module:
 class NoEmbedding(nn.Module):
     """In place of the position embeddings where q and k are rotated: adds 0."""
 
-    def forward(self, pos: Tensor) -> float:
-        return 0.0
+    def forward(self, pos: Tensor) -> Tensor:
+        return torch.zeros((), device=pos.device)
 
 
 def position_embedding(config: Any) -> nn.Module:

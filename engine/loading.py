@@ -1,5 +1,6 @@
 """A trained model and its tokenizer: of a run, a GPT-2, or a folder that export.py wrote."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from configurator import UserError
 from data.meta import DATA_DIR, data_folder, read_meta, tokenizer_of
-from data.tokenizer import Tokenizer, from_meta, meta_of_folder
+from data.tokenizer import Tokenizer, from_meta, meta_of_model
 from engine import checkpoint as ckpt
 from model import GPT
 
@@ -21,6 +22,7 @@ class Trained:
     tokenizer_meta: dict  # describes the tokenizer (see tokenizer.from_meta); {}: not known
     dataset: str | None = None  # name of the data set that the run was trained on
     step: int | None = None  # updates that the run has done
+    best_val_loss: float = math.inf
     no_tokenizer: str = ""  # why the tokenizer is not known, and how to repair that
 
     def tokenizer(self) -> Tokenizer:
@@ -48,7 +50,7 @@ def load(
     """A model to draw text from, on the CPU and in eval mode, and its tokenizer; the arguments are
     those of load_trained. Raises UserError if either can't be had."""
     if init_from != "resume":
-        from_meta(meta_of_folder(init_from))  # fails sooner than the weights are read
+        from_meta(meta_of_model(init_from))  # fails sooner than the weights are read
     overrides = {"dropout": 0.0, **overrides}
     trained = load_trained(out_dir, checkpoint, init_from, data_dir, **overrides)
     return trained.model, trained.tokenizer()
@@ -66,7 +68,7 @@ def load_trained(
         except (OSError, ValueError) as error:
             allowed = "resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name"
             raise UserError(f"{error}; init_from is {allowed}") from error
-        return Trained(model, init_from, meta_of_folder(init_from))
+        return Trained(model, init_from, meta_of_model(init_from))
     if Path(checkpoint).name != checkpoint:
         raise UserError(f"checkpoint={checkpoint!r} must be a file name inside out_dir")
     path = Path(out_dir) / checkpoint
@@ -79,7 +81,8 @@ def load_trained(
             meta = meta_of_dataset(dataset, data_dir, model.config.vocab_size)
         except UserError as error:
             no_tokenizer = f"the tokenizer of {path} is not known: {error}"
-    return Trained(model, path, meta, dataset, loaded.get("iter_num"), no_tokenizer)
+    step, best_val_loss = loaded.get("iter_num"), float(loaded.get("best_val_loss", math.inf))
+    return Trained(model, path, meta, dataset, step, best_val_loss, no_tokenizer)
 
 
 def meta_of_dataset(name: str, data_dir: str | Path | None, vocab_size: int) -> dict:

@@ -1,4 +1,4 @@
-"""GPT-2 in the format of transformers: its config and weights under this project's names."""
+"""Models of transformers' GPT-2 and of export.py: config and weights under this project's names."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.layers import OPTIONS
 from engine.network import HUB, reachable
 
-# The keys that export.py adds to config.json: which attention the weights were trained with
-ATTENTION_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power")
-REACH = ".attn.log_reach"  # weights that export.py puts into config.json, a list for each layer
+# The keys of config.json that the models of modeling_pluggable.py have, and GPT-2 does not
+OWN_ARGS = ("attn_type", "attn_decay", "pa_length", "pa_length_power", *OPTIONS)
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -39,10 +39,15 @@ def read_gpt2(
         raise OSError(f"no weights for {name!r}: {NOWHERE}")  # before transformers is imported
     from transformers import AutoConfig, GPT2LMHeadModel
 
+    from engine.modeling_pluggable import PluggableConfig, PluggableGPT
+
+    # The folder's own copy of that module is never run
+    AutoConfig.register(PluggableConfig.model_type, PluggableConfig, exist_ok=True)
     try:
         hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
-        hf, info = GPT2LMHeadModel.from_pretrained(name, **options, output_loading_info=True)
+        kind = PluggableGPT if isinstance(hf_config, PluggableConfig) else GPT2LMHeadModel
+        hf, info = kind.from_pretrained(name, **options, output_loading_info=True)
     except OSError as error:
         if is_folder:
             raise ValueError(f"{name!r} is not a whole model: {error}") from error
@@ -59,22 +64,7 @@ def read_gpt2(
             f"{name!r} has an output layer of its own (lm_head.weight); only models whose output "
             "layer is the matrix of the token embeddings, as in GPT-2, fit"
         )
-    state = {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
-    return config, state | learned_reaches(hf_config, name)
-
-
-def learned_reaches(hf_config: Any, name: str) -> dict[str, Tensor]:
-    """The reaches of the heads, (nh,) for each layer, of a model that has learned them. Raises
-    ValueError unless there are as many as the layers and heads."""
-    if getattr(hf_config, "attn_decay", None) != "learned":
-        return {}
-    try:
-        reaches = torch.tensor(hf_config.log_reach, dtype=torch.float32)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        reaches = torch.empty(0)
-    if reaches.shape != (hf_config.n_layer, hf_config.n_head) or not reaches.isfinite().all():
-        raise ValueError(f"{name!r} lacks the log_reach that its config.json promises")
-    return {f"transformer.h.{i}{REACH}": reach for i, reach in enumerate(reaches)}
+    return config, {k: w.t() if k.endswith(TRANSPOSED) else w for k, w in state.items()}
 
 
 def is_cached(name: str) -> bool:
@@ -89,7 +79,7 @@ def is_cached(name: str) -> bool:
 def config_args(hf_config: Any, name: str) -> dict:
     """The arguments of GPTConfig that a config of transformers means. Raises ValueError for what
     model.py can't build."""
-    if (kind := hf_config.model_type) != "gpt2":
+    if (kind := hf_config.model_type) not in ("gpt2", "pluggable_gpt"):
         raise ValueError(f"{name!r} is a {kind} model; only GPT-2's architecture fits")
     if (
         hf_config.activation_function not in GELU
@@ -100,10 +90,13 @@ def config_args(hf_config: Any, name: str) -> dict:
         or hf_config.add_cross_attention
     ):
         raise ValueError(f"{name!r} differs from GPT-2 in its config.json; model.py can't build it")
+    own = {key: getattr(hf_config, key) for key in OWN_ARGS if hasattr(hf_config, key)}
+    if own.get("pa_length", 0) is None:
+        del own["pa_length"]
     return {
         "block_size": hf_config.n_positions,
         "bias": True,
         "gelu": GELU[hf_config.activation_function],
         **{key: getattr(hf_config, key) for key in SIZES},
-        **{key: getattr(hf_config, key) for key in ATTENTION_ARGS if hasattr(hf_config, key)},
+        **own,
     }

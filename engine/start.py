@@ -25,7 +25,7 @@ import configurator
 from configurator import UserError
 from data.dataset import Dataset, Purpose
 from data.meta import DATA_DIR, known_datasets
-from data.tokenizer import meta_of_folder
+from data.tokenizer import meta_of_model
 from engine import checkpoint as ckpt
 from engine import layers, sharding
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
@@ -369,7 +369,7 @@ def from_teacher(config, checkpoint: dict | None, path: Path | None) -> Weights:
     except (OSError, ValueError) as error:
         problem = f"teacher={config.teacher} has no checkpoint and is no GPT-2 ({error})"
         raise UserError(f"{problem}; train it first, or pass --teacher=gpt2") from error
-    return Weights(model, config.teacher, meta_of_folder(config.teacher))
+    return Weights(model, config.teacher, meta_of_model(config.teacher))
 
 
 def from_gpt2(config, given: dict) -> Weights:
@@ -386,7 +386,7 @@ def from_gpt2(config, given: dict) -> Weights:
         allowed = "scratch, resume, finetune, distill, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
         problem = f"{error}; init_from is {allowed}, or the folder or hub name of such a model"
         raise UserError(problem) from error
-    return Weights(model, name, meta_of_folder(name))
+    return Weights(model, name, meta_of_model(name))
 
 
 def from_checkpoint(checkpoint: dict, path: Path, overrides: dict) -> Weights:

@@ -37,12 +37,17 @@ def row_sums(reach: Tensor, i: Tensor) -> Tensor:
 
 def steps_back(like: Tensor, T: int, visible: Tensor | None, reach: Tensor) -> tuple[Tensor, ...]:
     """r (nh, 1, 1), positions i of the queries, positions j of the keys, and i - j, which is 0 for
-    j > i. `like`, (B, nh, t, anything), is at least float32; `visible`, bool (B, 1, t, T), says how
-    many of the T keys each query sees, None that the t queries are those of the last tokens."""
+    j > i. `like`, (B, nh, t, anything), is at least float32; `visible`, bool (B, 1, t, T), says
+    which of the T keys each query sees: consecutive ones, of which the first has position 0. None
+    means that the t queries are those of the last tokens."""
     # First the dtype: not every device has float64
     t, reach = like.size(2), reach.to(like.dtype).to(like.device)[:, None, None]
     j = torch.arange(T, device=like.device)
-    i = j[T - t :, None] if visible is None else visible.sum(-1, keepdim=True) - 1
+    if visible is None:
+        i = j[T - t :, None]
+    else:
+        i = visible.sum(-1, keepdim=True) - 1
+        j = j - visible.int().argmax(-1, keepdim=True)
     return reach, i, j, (i - j).clamp(min=0)
 
 
@@ -61,7 +66,8 @@ def bias(q: Tensor, T: int, visible: Tensor | None, reach: Tensor | None) -> Ten
         return visible
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     reach, i, j, distance = steps_back(wide, T, visible, reach)
-    return (-distance / reach).masked_fill(j > i, -math.inf).to(q.dtype)
+    hidden = j > i if visible is None else ~visible
+    return (-distance / reach).masked_fill(hidden, -math.inf).to(q.dtype)
 
 
 def with_gradient_of_reach(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -113,46 +113,41 @@ def test_transformers_computes_the_same_logits_and_so_does_what_comes_back(expor
     assert again.config.gelu == model.config.gelu and again.config.attn_type == "SM"
 
 
-@pytest.mark.parametrize("attn_type", ["GK", "GKpoly-4", "PA_relu"])
-def test_other_attentions_come_back_with_a_warning_about_transformers(
-    exported, monkeypatch, capsys, attn_type
-):
-    args = {"bias": False, "pa_length": 24, "pa_length_power": 0.5, "vocab_size": 64}
-    model, folder = exported(attn_type=attn_type, **args)
-    again = GPT.from_pretrained(str(folder)).eval()
-    assert_same(logits_of(again, len(CHARS)), logits_of(model, len(CHARS)))
-    for key in ("attn_type", "pa_length", "pa_length_power"):
-        assert getattr(again.config, key) == getattr(model.config, key)
-    written = json.loads((folder / "config.json").read_text())
-    assert ("pa_length" in written) == (attn_type == "PA_relu")
-    assert "transformers would compute plain softmax" in export_again(monkeypatch, capsys)
+OTHERS = [
+    {"attn_type": "GK"},
+    {"attn_type": "PA_relu", "pa_length": 24, "pa_length_power": 0.5},
+    {"attn_type": "SM", "attn_decay": "learned", "pa_length": 24},
+    {"attn_type": "GKpoly-4", "attn_decay": "fixed", "norm": "fixed", "mlp_act": "quad"},
+    {"norm": "rms", "mlp_act": "relu-square", "position": "rope", "qk_norm": True},
+]
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("attn_decay", ["fixed", "learned"])
-@pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
-def test_a_decay_comes_back_too(exported, monkeypatch, capsys, attn_type, attn_decay, bias):
-    args = {"attn_type": attn_type, "attn_decay": attn_decay, "pa_length": 24, "bias": bias}
-    model, folder = exported(**args, vocab_size=64)
+@pytest.mark.parametrize("args", OTHERS, ids=str)
+def test_a_model_that_is_no_gpt2_comes_back_as_it_was(exported, args, bias):
+    model, folder = exported(**args, bias=bias, vocab_size=64)
     again = GPT.from_pretrained(str(folder)).eval()
-    assert_same(logits_of(again, len(CHARS)), logits_of(model, len(CHARS)))
-    assert (again.config.attn_decay, again.config.pa_length) == (attn_decay, 24)
-    assert f"not {attn_type} with attn_decay" in export_again(monkeypatch, capsys)
+    assert torch.equal(logits_of(again, len(CHARS)), logits_of(model, len(CHARS)))
+    assert again.config.model_args() == model.config.model_args() | {"vocab_size": len(CHARS)} | (
+        {"bias": True}
+    )
+    written = json.loads((folder / "config.json").read_text())
+    assert {key: written[key] for key in args} == args
 
 
-def test_learned_reaches_are_exact_and_may_be_missing_in_a_model_without_them(exported):
-    model, folder = exported(attn_type="GK", attn_decay="learned", vocab_size=64)
-    again = GPT.from_pretrained(str(folder))
-    for ours, theirs in zip(model.transformer.h, again.transformer.h, strict=True):
-        assert torch.equal(ours.attn.log_reach, theirs.attn.log_reach)
-        assert not torch.equal(ours.attn.reach(), ours.attn.fixed_reach.float())
+def test_code_in_a_folder_is_never_run_here(exported, monkeypatch):
+    folder = exported(attn_type="GK", vocab_size=64)[1]
+    (folder / "modeling_pluggable.py").write_text("raise SystemExit('this was run')")
+    assert GPT.from_pretrained(str(folder)).config.attn_type == "GK"
     config = json.loads((folder / "config.json").read_text())
-    for damaged in ([[1.0]], [["a", 1.0]] * 2, None):
-        (folder / "config.json").write_text(json.dumps(config | {"log_reach": damaged}))
-        with pytest.raises(ValueError, match="lacks the log_reach"):
-            GPT.from_pretrained(str(folder))
-    _, softmax = exported(folder="softmax", vocab_size=64)
-    new = GPT.from_pretrained(str(softmax), {"attn_decay": "learned"}).transformer.h[0].attn
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    with pytest.raises(ValueError):
+        GPT.from_pretrained(str(folder))
+
+
+def test_a_softmax_model_starts_with_the_reaches_of_fixed(exported):
+    folder = exported(vocab_size=64)[1]
+    new = GPT.from_pretrained(str(folder), {"attn_decay": "learned"}).transformer.h[0].attn
     torch.testing.assert_close(new.reach(), new.fixed_reach.float())
 
 
@@ -268,7 +263,7 @@ def test_without_its_tokenizer_the_whole_vocabulary_is_exported(
         assert "again has no tokenizer: the tokenizer of ckpt.pt is not known: it was" in stderr
         assert f"trained on data set {dataset}" in stderr
         files = {path.name for path in (tmp_path / "again").iterdir()}
-        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
         assert GPT.from_pretrained(str(tmp_path / "again")).config.vocab_size == 24
 
 
@@ -331,6 +326,7 @@ def test_an_empty_folder_and_a_new_one_below_others_are_filled(exported, tmp_pat
     for folder in ("empty", "some/where/new"):
         names = {path.name for path in exported(folder=folder)[1].iterdir()}
         assert names == {"config.json", "generation_config.json", "model.safetensors"} | {
+            "README.md",
             "tokenizer.json",
             "tokenizer_config.json",
         }

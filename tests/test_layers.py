@@ -361,15 +361,6 @@ def test_a_student_may_have_options_that_its_teacher_has_not(run_train, tmp_path
     assert options.items() <= ckpt.load(tmp_path / "student" / "ckpt.pt")["model_args"].items()
 
 
-@pytest.mark.parametrize("options", [{"norm": "fixed"}, {"mlp_act": "quad"}, {"position": "rope"}])
-def test_export_refuses_what_transformers_gpt2_can_not_compute(run, run_train, options):
-    run_train("--out_dir=run", *AS_FLAGS(options), "--max_iters=0")
-    name, value = next(iter(options.items()))
-    with pytest.raises(Failed, match=f"transformers' GPT-2 has no {name}={value}") as failed:
-        run("export", "--out_dir=run", "--to=hf")
-    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
-
-
 def test_a_gpt2_folder_takes_the_options_that_fit(run, run_train, tmp_path, data_dir):
     pytest.importorskip("transformers")
     run_train("--out_dir=run", "--max_iters=0")

@@ -1,5 +1,6 @@
 """data/tokenizer.py: text survives the round trip, and unknown text is one line of error."""
 
+import json
 import os
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from conftest import subprocess_run
 
 from configurator import UserError
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, StringTokenizer, from_meta
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, StringTokenizer, from_meta, meta_of_model
 
 
 @pytest.fixture
@@ -122,3 +123,17 @@ def test_a_missing_gpt2_vocabulary_is_one_line_that_names_its_folder(tmp_path):
     done = subprocess_run("-c", script, env={**os.environ, **nowhere})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"TIKTOKEN_CACHE_DIR is {tmp_path}" in done.stderr
+
+
+def test_a_model_of_the_hub_has_its_own_tokenizer_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    of_model = tmp_path / "models--ada--small"
+    (of_model / "refs").mkdir(parents=True)
+    (of_model / "refs" / "main").write_text("123abc")
+    (of_model / "snapshots" / "123abc").mkdir(parents=True)
+    meta = {"tokenizer": "char", "chars": "ab"}
+    config = of_model / "snapshots" / "123abc" / "tokenizer_config.json"
+    config.write_text(json.dumps({"meta": meta}))
+    assert meta_of_model("ada/small") == meta
+    for other in ("ada/large", "gpt2", str(tmp_path)):
+        assert meta_of_model(other) == {"tokenizer": "gpt2"}
