@@ -160,19 +160,15 @@ class ReluSquare(nn.Module):
 
 
 class PolynomialActivation(Annealed):
-    def __init__(self, gelu: str = "none"):
-        super().__init__()
-        self.gelu = gelu  # the form of GELU that it may replace gradually
-
     def gpt2(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate=self.gelu)
+        return F.gelu(x)
 
 
 class Quad(PolynomialActivation):
     """a x^2 + b x. It begins as the parabola that touches GELU at 0 in value and slope."""
 
-    def __init__(self, gelu: str = "none"):
-        super().__init__(gelu)
+    def __init__(self):
+        super().__init__()
         self.a = nn.Parameter(torch.full((1,), 1 / math.sqrt(2 * math.pi)))
         self.b = nn.Parameter(torch.full((1,), 0.5))
 
@@ -196,9 +192,9 @@ def activation(config: Any) -> nn.Module:
     """The function between the MLP's two matrices, of this GPTConfig."""
     match config.mlp_act:
         case "quad":
-            return Quad(config.gelu)
+            return Quad()
         case "quartic":
-            return Quartic(config.gelu)
+            return Quartic()
         case "relu-square":
             return ReluSquare()
     return nn.GELU(approximate=config.gelu)
