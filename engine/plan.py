@@ -75,7 +75,7 @@ SMOOTH, RELU = Function(5, 11), Function(14, 27)
 FUNCTIONS = {
     "SM": Function(8, 8, division_depth=13, division_products=25),
     "GK": Function(8, 8),
-    **{f"GKpoly-{n}": Function(n, n) for n in (2, 4, 8)},
+    **{f"GKpoly-{n}": Function(n, n) for n in (2, 3, 4, 8)},
     **dict.fromkeys("PA_gelu PA_sigmoid PA_silu PA_tanh PA_softplus".split(), SMOOTH),
     "PA_relu": RELU,
     "PA_relu-square": Function(RELU.depth + 1, RELU.products + 1),
