@@ -7,7 +7,7 @@ The parts of a block that may differ from GPT-2's: each option is one plain form
     mlp_act=gelu         x Phi(x), or its form with tanh                        GPT-2's
     mlp_act=relu-square  max(x, 0)^2                                            (Primer)
     mlp_act=quad         a x^2 + b x                                            a, b are learned
-    mlp_act=quartic      x / 2 + x^2 / 4 - 0.006 x^4                            GELU's fit, |x| < 4
+    mlp_act=quartic      x / 2 + x^2 / 4 - 0.006 x^4      within 0.5 of GELU for |x| < 5
     position=learned     one vector per position, added to the embeddings       GPT-2's
     position=rope        q and k rotated by angles that grow with the position  (RoFormer)
     qk_norm=True         g hs^(1/4) q / |q|, the same for k                     one gain g per head
@@ -177,9 +177,8 @@ class Quad(PolynomialActivation):
 
 
 class Quartic(PolynomialActivation):
-    """x / 2 + x^2 / 4 - 0.006 x^4, close to GELU for scores of usual size. It falls for |x| > 4.6,
-    and training keeps away from there. Learning the coefficients changed neither them nor the loss:
-    scale and shift of x are those of the matrix before."""
+    """x / 2 + x^2 / 4 - 0.006 x^4, which falls without end for |x| > 5. Learning the coefficients
+    changed neither them nor the loss, as the matrix before scales and shifts x."""
 
     LINEAR, SQUARE, FOURTH = 0.5, 0.25, -0.006
 
