@@ -177,7 +177,7 @@ RULES = {
         lambda v: v >= 0,
         "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
         "pa_length_power temperature seed warmup skip_nonfinite distill_iters lora_rank "
-        "stats_interval",
+        "stats_interval anneal_iters",
     ),
     "must be below 8": (lambda v: v < 8, "pa_length_power"),
     "must be above 0 and at most 1": (lambda v: 0 < v <= 1, "top_p stats_tolerance"),

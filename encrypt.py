@@ -4,6 +4,7 @@ The next token of a prompt that the server can't read: CKKS, 128 bits of securit
     python encrypt.py --out_dir=OUT --start="The object"          # client, server and report
     python encrypt.py --out_dir=OUT --prompts=prompts.txt --n=20  # a prompt per line
     python encrypt.py --out_dir=OUT --plan                        # costs up to GPT-2, no TenSEAL
+    python encrypt.py config/train_he.py --n_layer=2 --plan       # of a model not trained yet
 
 Client and server as processes of their own; DIR/server is all that the server gets:
 
@@ -29,12 +30,14 @@ from tqdm import tqdm
 
 import configurator
 from configurator import UserError
+from engine import start
 from engine.encrypted import Client, Packing, Scheme, Server
 from engine.files import text_table
 from engine.loading import encode_prompt, load_trained
 from engine.plan import Shape, plan
 from engine.polynomial import fold
 from engine.runtime import resident
+from train import Config as TrainConfig
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Config:
     save: str | None = None  # Folder for keys and ciphertexts; auto: a temporary one
     role: Literal["all", "encrypt", "serve", "decrypt"] = "all"  # What this process does
     plan: bool = False  # Print what encryption would cost, up to GPT-2, and encrypt nothing
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    plan: bool = True  # With a config file of train.py: print what encryption would cost
 
 
 class Stages:
@@ -172,15 +180,23 @@ def report(polynomial, tokenizer, embedded, logits, server, root: Path) -> None:
     print(f"keys {megabytes(folder.glob('*.key'))} once; a prompt {up} up, {down} down")
 
 
+def print_plan(config: object) -> None:
+    """The costs of a model, whose sizes are those of `config`, up to GPT-2."""
+    print(plan(Shape(*(getattr(config, key) for key in Shape.__dataclass_fields__))))
+
+
 def main() -> None:
-    config = Config(**configurator.parse(Config, sys.argv[1:]))
+    argv = sys.argv[1:]
+    if "--plan" in argv and any(not arg.startswith("-") for arg in argv):
+        config = PlanConfig(**configurator.parse(PlanConfig, argv))
+        start.check(config)
+        return print_plan(config)
+    config = Config(**configurator.parse(Config, argv))
     if config.role != "all" and config.save is None and not config.plan:
         raise UserError(f"--role={config.role} needs a folder for keys; add --save=DIR")
     trained = load_trained(config.out_dir, config.checkpoint, "resume", config.data_dir)
     if config.plan:
-        shape = (getattr(trained.model.config, key) for key in Shape.__dataclass_fields__)
-        print(plan(Shape(*shape)))
-        return
+        return print_plan(trained.model.config)
     polynomial, tokenizer, stage = fold(trained.model), trained.tokenizer(), Stages()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(config.save or temporary)

@@ -241,7 +241,7 @@ class GPTConfig:
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
     norm: Literal["layer", "rms", "fixed"] = "layer"  # for this and the next three, see layers.py
-    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"
+    mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"
     position: Literal["learned", "rope"] = "learned"
     qk_norm: bool = False
     lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: no adapters
@@ -443,8 +443,9 @@ class GPT(nn.Module):
         """
         config, state = pretrained.read_gpt2(model_type, GPTConfig, override_args or {}, pa_length)
         model = cls(config)
-        missing, _ = model.load_state_dict(state, strict=False)
+        missing, left_out = model.load_state_dict(state, strict=False)
         assert all(".lora_" in n or n.endswith(layers.OWN_WEIGHTS) for n in missing), missing
+        layers.say_left_out(left_out, model_type)
         return model
 
     def configure_optimizers(

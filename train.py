@@ -79,7 +79,7 @@ class Config:
     attn_center: bool = False  # With attn_decay: weights of a token sum to 1, as softmax's do
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
-    mlp_act: Literal["gelu", "relu-square", "quad"] = "gelu"  # quad: a x^2 + b x, a and b learned
+    mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"  # See engine/layers.py
     position: Literal["learned", "rope"] = "learned"  # rope: queries and keys are rotated
     qk_norm: bool = False  # Queries and keys of one length, which is learned for each head
     n_layer: int = 12  # Number of blocks
@@ -92,6 +92,9 @@ class Config:
     lora_rank: int = 0  # Rank of the adapters; 0 trains all weights
     lora_alpha: float = 16.0  # Adapters are scaled by lora_alpha / lora_rank
     lora_targets: str = "attn.c_attn,attn.c_proj"  # Layers with adapters; mlp.c_fc, mlp.c_proj too
+
+    # Conversion to norm=fixed, mlp_act=quad or quartic
+    anneal_iters: int = 0  # Steps in which they gradually replace LayerNorm and GELU
 
     # Conversion (init_from=distill): match the teacher's attention, then train the whole model
     teacher: str | None = None  # Teacher: a run's folder, a GPT-2 name, or an exported folder
@@ -317,6 +320,7 @@ def loop(
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        layers.anneal(model, step, config.anneal_iters)
         began = time.perf_counter()
         result = train_step(trainee.model, optimizer, scaler, batches, rt, config, step)
         loss, norm, updated = result

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from configurator import UserError
 from engine.files import whole_file
 from engine.foreign import NUMPY_SCALARS, is_plain, normalise
+from engine.layers import say_left_out
 from engine.lora import fold_lora, init_adapters
 from engine.sharding import is_sharded, part_like
 from model import GPT, GPTConfig
@@ -305,7 +306,7 @@ def build_model(checkpoint: dict, path: Path, **overrides) -> GPT:
         model = GPT(config_of(checkpoint, path, **overrides))
     if "model" in checkpoint:
         state = fold_lora(checkpoint["model"], saved) if renews else checkpoint["model"]
-        model.load_state_dict(state, strict=not renews)
+        say_left_out(model.load_state_dict(state, strict=not renews).unexpected_keys, path)
     if renews and model.config.lora_rank:
         init_adapters(model)
     return model

@@ -15,7 +15,8 @@ t, by rotations that don't stop at the end of a channel, end right in every slot
 slots from slot c T + t on holds all of channel c + 1, and of its neighbours zeros.
 
 Levels. Each product ends with a rescaling, which uses up one prime of the modulus: `Scheme` lists
-the n + 6 of them. Ciphertexts never go up again, as there is no bootstrapping.
+the n + 6 of them, or n + 7 for mlp_act=quartic. Ciphertexts never go up again, as there is no
+bootstrapping.
 """
 
 import json
@@ -62,6 +63,7 @@ class Packing:
     C: int  # channels, a power of two
     T: int  # tokens, a power of two; shorter prompts are filled up
     n: int  # squarings of a score
+    hidden: int  # squarings in the hidden layer: 1 for mlp_act=quad, 2 for quartic
 
     @classmethod
     def of(cls, polynomial: Polynomial, ring: int) -> "Packing":
@@ -79,12 +81,12 @@ class Packing:
                 f"n_embd x block_size = {C} x {T} is more than the {ring // 2} slots of "
                 f"ring={ring}; pass --ring={2 * C * T}, or train a smaller model"
             )
-        return cls(ring, C, T, polynomial.n)
+        return cls(ring, C, T, polynomial.n, hidden=1 if polynomial.shift is None else 2)
 
     @property
     def depth(self) -> int:
         """Products in a row: see Scheme."""
-        return self.n + 6
+        return self.n + 5 + self.hidden
 
     @property
     def baby(self) -> int:
@@ -128,8 +130,9 @@ class Scheme:
               2..n+1   n squarings
               n+2      the product with w_t x_t
               n+3      hidden_last x + hidden_sum z
-              n+4      its square
-              n+5      the logits, which end up at level n+6
+              n+4      its square, plus a shift for mlp_act=quartic
+              n+5      the square of that, for quartic only
+              last     the logits, which end up at level `depth`
 
     `secure=False` leaves out the check for 128 bits of security, for the sake of fast tests."""
 
@@ -160,7 +163,7 @@ class Scheme:
             self.primes.append(data.parms().coeff_modulus()[-1].value())
             data = data.next_context_data()
         self.scale = [2.0**bits]
-        by_weights = (0, packing.n + 3, packing.n + 5)  # whose scale can be chosen to restore it
+        by_weights = (0, packing.n + 3, depth - 1)  # whose scale can be chosen to restore it
         for level in range(depth):
             squared = self.scale[level] ** 2 / self.primes[level]
             self.scale.append(2.0**bits if level in by_weights else squared)
@@ -248,7 +251,7 @@ class Server:
         self.relin = scheme.load("RelinKeys", folder / "relin.key")
         self.count = Counter()
 
-    # ---- Arithmetic: every method returns a new ciphertext
+    # ---- Arithmetic: every method but shift_by returns a new ciphertext
 
     def new(self):
         return self.scheme.seal.Ciphertext()
@@ -277,6 +280,11 @@ class Server:
         result = self.new()
         self.evaluator.add(a, b, result)
         return result
+
+    def shift_by(self, number: float, a) -> None:
+        """Add a number to every slot of a, in place."""
+        slots = np.full(self.packing.C * self.packing.T, number)
+        self.evaluator.add_plain_inplace(a, self.scheme.encode(slots, self.level(a), a.scale))
 
     def twice_real(self, a):
         """a and its complex conjugate: twice the real part."""
@@ -344,8 +352,8 @@ class Server:
     def encode_weights(self, polynomial: Polynomial) -> None:
         """Turn the model's matrices into plaintexts, once for all prompts."""
         p, n, C = polynomial, self.packing.n, polynomial.config.n_embd
-        fresh = self.scheme.scale[0]
-        self.by_distance = p.by_distance
+        fresh, end = self.scheme.scale[0], self.packing.depth - 1
+        self.by_distance, self.shift = p.by_distance, p.shift
         # Factors of 1/2 make up for twice_real, which a dot product meets in both of its factors
         half = 1 / 2 if p.by_distance else 1 / 4
         self.score = self.encode((p.key - 1j * p.query)[None] * half, 0)
@@ -356,9 +364,9 @@ class Server:
         self.hidden_last = self.encode(of_last(blocks(p.hidden_last)), n + 3, fresh)
         self.hidden_sum = self.encode(of_sum(blocks(p.hidden_sum)), n + 3)
         by_block = p.logits_hidden.reshape(-1, BLOCKS, C).transpose(1, 0, 2)  # (4, V, C)
-        self.logits_last = self.encode(at_0(of_last(p.logits_last)), n + 5, fresh)
-        self.logits_sum = self.encode(at_0(of_sum(p.logits_sum)), n + 5, self.scheme.scale[n + 3])
-        self.logits_hidden = self.encode(by_block, n + 5)
+        self.logits_last = self.encode(at_0(of_last(p.logits_last)), end, fresh)
+        self.logits_sum = self.encode(at_0(of_sum(p.logits_sum)), end, self.scheme.scale[n + 3])
+        self.logits_hidden = self.encode(by_block, end)
 
     def run(
         self, folder: Path, name: str, out: Path,
@@ -367,15 +375,14 @@ class Server:
         """Read NAME.tokens and NAME.values from `folder`; write the encrypted logits to `out`."""
         tokens = self.scheme.load("Ciphertext", folder / f"{name}.tokens")
         values = self.scheme.load("Ciphertext", folder / f"{name}.values")
-        n, C, T = self.packing.n, self.packing.C, self.packing.T
+        n, C, T, end = self.packing.n, self.packing.C, self.packing.T, self.packing.depth - 1
         with stage("scores"):
             babies = self.babies(tokens)
             d = self.twice_real(self.matmul((babies, self.score)))
             if self.by_distance:
                 a = self.window(self.square(d), T, C * T)  # |d_t|^2 in every channel
                 self.evaluator.negate_inplace(a)
-                one = self.scheme.encode(np.ones(C * T), 2, a.scale)
-                self.evaluator.add_plain_inplace(a, one)
+                self.shift_by(1.0, a)
             else:
                 x = self.down(self.twice_real(tokens), 1)
                 a = self.window(self.multiply(d, x), T, C * T)
@@ -389,8 +396,11 @@ class Server:
             sums = self.babies(z)
             h = self.matmul((last, self.hidden_last), (sums, self.hidden_sum))
             h = self.square(self.twice_real(h))
+            if self.shift is not None:
+                self.shift_by(self.shift, h)
+                h = self.square(h)
         with stage("logits"):
-            last, sums = ([self.down(a, n + 5) for a in babies] for babies in (last, sums))
+            last, sums = ([self.down(a, end) for a in babies] for babies in (last, sums))
             logits = self.matmul(
                 (last, self.logits_last),
                 (sums, self.logits_sum),

@@ -7,11 +7,12 @@ The parts of a block that may differ from GPT-2's: each option is one plain form
     mlp_act=gelu         x Phi(x), or its form with tanh                        GPT-2's
     mlp_act=relu-square  max(x, 0)^2                                            (Primer)
     mlp_act=quad         a x^2 + b x                                            a, b are learned
+    mlp_act=quartic      x / 2 + x^2 / 4 - 0.006 x^4      within 0.5 of GELU for |x| < 5
     position=learned     one vector per position, added to the embeddings       GPT-2's
     position=rope        q and k rotated by angles that grow with the position  (RoFormer)
     qk_norm=True         g hs^(1/4) q / |q|, the same for k                     one gain g per head
 
-With norm=fixed, mlp_act=quad and GKpoly-n, a model is a polynomial of its embeddings.
+With norm=fixed, mlp_act=quad or quartic, and GKpoly-n, a model is a polynomial of its embeddings.
 Sources: RMSNorm arXiv:1910.07467, Primer arXiv:2109.08668, RoFormer arXiv:2104.09864, QK-norm
 arXiv:2010.04245.
 
@@ -19,6 +20,8 @@ Shapes: B batch, T sequence length, C embedding width, nh heads, hs head size.
 """
 
 import math
+import os
+import sys
 from typing import Any
 
 import torch
@@ -32,10 +35,47 @@ OPTIONS = ("norm", "mlp_act", "position", "qk_norm")
 OWN_WEIGHTS = (".std", ".act.a", ".act.b", ".qk.gain", ".log_reach")
 EPS = 1e-5  # nn.LayerNorm's
 
+# ---- From GPT-2's parts to polynomials, step by step ------------------------
+
+
+class Annealed(nn.Module):
+    """A polynomial that may replace GPT-2's part gradually. While it `anneals`, the output in
+    training is a mixture of the two, of which `share` is the polynomial's. Evaluation sees the
+    polynomial alone, and so does whoever loads a checkpoint from the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.anneals = False
+        self.register_buffer("share", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.polynomial(x)
+        if self.training and self.anneals:
+            before = self.gpt2(x)
+            y = before + self.share.to(y.dtype) * (y - before)
+        return y
+
+
+def anneal(model: nn.Module, step: int, steps: int) -> None:
+    """Set the share of every polynomial for the update after `step` of them: it grows from 0 to 1
+    over the first `steps` updates."""
+    for part in model.modules():
+        if isinstance(part, Annealed):
+            part.anneals = step < steps
+            part.share.fill_(min(1.0, step / max(1, steps)))
+
+
+def say_left_out(names: list[str], source: Any) -> None:
+    """Say in one line on stderr which weights of `source` a model has no place for, if any."""
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in names})
+    if kinds and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: left out {', '.join(kinds)}: this model has none", file=sys.stderr)
+
+
 # ---- Norms ------------------------------------------------------------------
 
 
-class FixedNorm(nn.Module):
+class FixedNorm(Annealed):
     """LayerNorm with a constant in place of each token's own deviation, so that it folds into the
     next matrix. The constant follows the root mean square of x - mean(x) in training: `track` moves
     it after every step, and nothing else does. No gradient flows through it."""
@@ -50,7 +90,10 @@ class FixedNorm(nn.Module):
         # Since the last step: the sum over forward passes of mean((x - mean(x))^2), and their count
         self.register_buffer("seen", torch.zeros(2), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gpt2(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPS)
+
+    def polynomial(self, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
         if self.training and self.weight.requires_grad:  # not under adapters: all else is frozen
             square = x.detach().float().square().mean()
@@ -116,7 +159,12 @@ class ReluSquare(nn.Module):
         return F.relu(x).square()
 
 
-class Quad(nn.Module):
+class PolynomialActivation(Annealed):
+    def gpt2(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class Quad(PolynomialActivation):
     """a x^2 + b x. It begins as the parabola that touches GELU at 0 in value and slope."""
 
     def __init__(self):
@@ -124,8 +172,19 @@ class Quad(nn.Module):
         self.a = nn.Parameter(torch.full((1,), 1 / math.sqrt(2 * math.pi)))
         self.b = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def polynomial(self, x: Tensor) -> Tensor:
         return (self.a * x + self.b) * x
+
+
+class Quartic(PolynomialActivation):
+    """x / 2 + x^2 / 4 - 0.006 x^4, which falls without end for |x| > 5. Learning the coefficients
+    changed neither them nor the loss, as the matrix before scales and shifts x."""
+
+    LINEAR, SQUARE, FOURTH = 0.5, 0.25, -0.006
+
+    def polynomial(self, x: Tensor) -> Tensor:
+        square = x * x
+        return self.LINEAR * x + (self.SQUARE + self.FOURTH * square) * square
 
 
 def activation(config: Any) -> nn.Module:
@@ -133,6 +192,8 @@ def activation(config: Any) -> nn.Module:
     match config.mlp_act:
         case "quad":
             return Quad()
+        case "quartic":
+            return Quartic()
         case "relu-square":
             return ReluSquare()
     return nn.GELU(approximate=config.gelu)

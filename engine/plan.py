@@ -6,7 +6,7 @@ models, which that module can't compute, are estimated with the ASSUMPTIONS belo
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from engine.encrypted import BLOCKS, Packing, power_of_two
 from engine.files import text_table
@@ -15,7 +15,8 @@ RING = 65536  # of models that need bootstrapping
 LEVELS = 11  # that such a ring leaves after each bootstrap, with 128 bits of security
 
 ASSUMPTIONS = f"""Assumptions
-- norm=fixed and mlp_act=quad, whatever the model has; a public decay costs nothing.
+- norm=fixed whatever the model has, and mlp_act=quad unless it has quartic; a public decay costs
+  nothing.
 - One layer and one head: the next token of one prompt, as encrypt.py computes it.
 - Otherwise: ring {RING}, all T queries in each layer, and the client, which holds the embeddings,
   computes the logits from the last hidden state. Channel c of token t is in slot c T + t. Scores
@@ -36,6 +37,12 @@ class Shape:
     n_head: int
     n_embd: int
     block_size: int
+    mlp_act: str = "quad"
+
+    @property
+    def hidden(self) -> int:
+        """Squarings in the hidden layer."""
+        return 2 if self.mlp_act == "quartic" else 1
 
     def __str__(self) -> str:
         return f"L{self.n_layer} H{self.n_head} C{self.n_embd} T{self.block_size}"
@@ -68,7 +75,7 @@ SMOOTH, RELU = Function(5, 11), Function(14, 27)
 FUNCTIONS = {
     "SM": Function(8, 8, division_depth=13, division_products=25),
     "GK": Function(8, 8),
-    **{f"GKpoly-{n}": Function(n, n) for n in (2, 4, 8)},
+    **{f"GKpoly-{n}": Function(n, n) for n in (2, 3, 4, 8)},
     **dict.fromkeys("PA_gelu PA_sigmoid PA_silu PA_tanh PA_softplus".split(), SMOOTH),
     "PA_relu": RELU,
     "PA_relu-square": Function(RELU.depth + 1, RELU.products + 1),
@@ -81,13 +88,13 @@ def next_token(shape: Shape, attn_type: str) -> Cost:
     """The cost of one prompt for a model of one layer and one head, by engine/encrypted.py."""
     f = FUNCTIONS[attn_type]
     C, T = (power_of_two(max(size, BLOCKS)) for size in (shape.n_embd, shape.block_size))
-    baby = Packing(RING, C, T, f.depth).baby
+    baby = Packing(RING, C, T, f.depth, shape.hidden).baby
     matmul = baby - 1 + C // baby - 1  # rotations; three of them
     conjugations = 2 if attn_type.startswith("GK") else 3  # a dot product takes x_t by itself
     windows = math.log2(C) + math.log2(2 * T) + math.log2(BLOCKS)
     return Cost(
-        depth=f.depth + f.division_depth + 6,
-        ciphertext_products=f.products + f.division_products + 3,
+        depth=f.depth + f.division_depth + 5 + shape.hidden,
+        ciphertext_products=f.products + f.division_products + 2 + shape.hidden,
         plain_products=6 * C,
         rotations=3 * matmul + conjugations + round(windows),
     )
@@ -108,12 +115,12 @@ def all_tokens(shape: Shape, attn_type: str) -> Cost:
     n_matrices, n_inputs, n_outputs = 3 + 2 * BLOCKS + 1 + BLOCKS, 3 + BLOCKS, 3 + BLOCKS + 1
     window = round(math.log2(power_of_two(min(channels, head))))
     division = f.division_products * m
-    products = T * (2 * m + f.products * scores) + division + BLOCKS * m
+    products = T * (2 * m + f.products * scores) + division + shape.hidden * BLOCKS * m
     rotations = n_inputs * babies + n_outputs * giants + T * (2 * m + window * scores)
-    depth = f.depth + f.division_depth + 6
+    depth = f.depth + f.division_depth + 5 + shape.hidden
     # Ciphertexts alive after each level of a block, the last of which is the output
     alive = [4 * m] + (f.depth + 1) * [2 * m + scores * T] + [2 * m]
-    alive += f.division_depth * [2 * m] + 2 * [(2 + BLOCKS) * m] + [m]
+    alive += f.division_depth * [2 * m] + (1 + shape.hidden) * [(2 + BLOCKS) * m] + [m]
     assert len(alive) == depth
     return Cost(
         depth=L * depth,
@@ -148,7 +155,7 @@ def table(shape: Shape) -> str:
 
 def plan(shape: Shape) -> str:
     """The tables of a model, of the same with two and four layers, and of GPT-2, as text."""
-    deeper = [Shape(n, shape.n_head, shape.n_embd, shape.block_size) for n in (2, 4)]
-    shapes = [shape, *(s for s in deeper if s.n_layer > shape.n_layer), GPT2]
+    deeper = [replace(shape, n_layer=n) for n in (2, 4) if n > shape.n_layer]
+    shapes = [shape, *deeper, replace(GPT2, mlp_act=shape.mlp_act)]
     tables = [f"{s}\n{table(s)}" for s in dict.fromkeys(shapes)]
     return "\n\n".join([ASSUMPTIONS, *tables])

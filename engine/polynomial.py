@@ -1,28 +1,32 @@
 """
 A trained GPT of one layer and one head as one small polynomial in float64, for encrypt.py.
 
-With norm=fixed, mlp_act=quad and GKpoly-n or PA_square, only additions and multiplications are
-left. Whatever is linear is folded into the matrix that follows it. Let x_t (C,) be the embedding of
-token t, and x that of the last token. The logits (V,) of the next token are then
+With norm=fixed, mlp_act=quad or quartic, and GKpoly-n or PA_square, only additions and
+multiplications are left. Whatever is linear is folded into the matrix that follows it. Let x_t (C,)
+be the embedding of token t, and x that of the last token. The logits (V,) of the next token are
 
     d_t = query x + key x_t
     a_t = (1 - |d_t|^2)^(2^n)                      GKpoly-n
     a_t = (d_t . x_t)^(2^n)                        PA_identity (n = 0), PA_square (n = 1); key = 0
     z = sum over t of w_t a_t x_t                  w: the decay of the last row, or 1
-    h = (hidden_last x + hidden_sum z)^2           elementwise
+    h = (hidden_last x + hidden_sum z)^2           elementwise, for mlp_act=quad
+    h = ((hidden_last x + hidden_sum z)^2 + s)^2   likewise, for mlp_act=quartic; s is one number
     logits = logits_last x + logits_sum z + logits_hidden h
 
 There are no biases: every norm subtracts the mean over the channels, so that the mean of x_t means
 nothing to the model. `embed` sets it to 1, and a bias b becomes the matrix b 1^T / C.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy import ndarray
 
 from configurator import UserError
+from engine.layers import Quad, Quartic
 from engine.lora import fold_lora
 from engine.ranges import squarings
 from kernels import decay
@@ -41,6 +45,7 @@ class Polynomial:
     positions: ndarray  # (block_size, C), each row with mean 1
     decay: ndarray  # (block_size, block_size); row T - 1 has the w of T tokens
     n: int  # number of squarings that turn a score into a weight
+    shift: float | None  # s above; None for mlp_act=quad
     query: ndarray  # (C, C)
     key: ndarray  # (C, C)
     hidden_last: ndarray  # (4C, C)
@@ -75,6 +80,8 @@ class Polynomial:
         """The logits (V,) that follow the embedded tokens x (T, C)."""
         z = (self.weights(len(x)) * self.bases(x) ** (2**self.n)) @ x
         h = (self.hidden_last @ x[-1] + self.hidden_sum @ z) ** 2
+        if self.shift is not None:
+            h = (h + self.shift) ** 2
         return self.logits_last @ x[-1] + self.logits_sum @ z + self.logits_hidden @ h
 
     def check_range(self, x: ndarray) -> None:
@@ -97,13 +104,33 @@ def decay_rows(model: GPT) -> ndarray:
     return decay.apply(ones, None, reach)[0, 0].detach().numpy()
 
 
+class Activation(NamedTuple):
+    """The MLP's activation of u, as factor f + linear u + constant. Its only products of two
+    unknowns are f = (scale u)^2 for mlp_act=quad and f = ((scale u)^2 + shift)^2 for quartic; the
+    rest folds into the matrices around."""
+
+    factor: float
+    linear: float
+    constant: float = 0.0
+    scale: float = 1.0
+    shift: float | None = None
+
+    @classmethod
+    def of(cls, act: Quad | Quartic) -> "Activation":
+        if isinstance(act, Quad):
+            return cls(act.a.item(), act.b.item())
+        sign, root = math.copysign(1, act.FOURTH), math.sqrt(abs(act.FOURTH))
+        shift = sign * act.SQUARE / (2 * root)  # sign (root u^2 + shift)^2 has these two terms
+        return cls(sign, act.LINEAR, -sign * shift**2, math.sqrt(root), shift)
+
+
 def check(config: GPTConfig) -> None:
     """Raise UserError, with the reason and what to train instead, unless `fold` can fold it."""
     can_be_folded = {
         "n_layer": [1],  # deeper: each layer but the last needs all T queries, see --plan
         "n_head": [1],
         "norm": ["fixed"],
-        "mlp_act": ["quad"],
+        "mlp_act": ["quad", "quartic"],
         "position": ["learned"],
         "qk_norm": [False],
         "attn_center": [False],
@@ -156,17 +183,16 @@ def fold(model: GPT) -> Polynomial:
     value = Wo @ Wv
     A, a = norm(f"{block}.ln_2")
     Wf, bf = weight(f"{block}.mlp.c_fc.weight"), bias(f"{block}.mlp.c_fc", 4 * C)
-    square, linear = (weight(f"{block}.mlp.act.{name}").item() for name in "ab")
-    if square == 0:
-        raise UserError(f"the activation a x^2 + b x of the MLP has a = 0; {TRAIN}")
-    shift = linear / (2 * square)  # a x^2 + b x = a (x + shift)^2 - a shift^2
-    hidden_last = Wf @ A + np.outer(Wf @ (A @ bo + a) + bf + shift, mean)
+    hidden_last = Wf @ A + np.outer(Wf @ (A @ bo + a) + bf, mean)
     hidden_sum = Wf @ A @ value
+    act = Activation.of(model.transformer.h[0].mlp.act)
 
     A, a = norm("transformer.ln_f")
     head = weight("lm_head.weight")
     Wp, bp = weight(f"{block}.mlp.c_proj.weight"), bias(f"{block}.mlp.c_proj", C)
-    constant = bo + bp - square * shift**2 * Wp.sum(1)
+    constant = bo + bp + act.constant * Wp.sum(1)
+    hidden = head @ A @ Wp
+    logits_last = head @ A + np.outer(head @ (A @ constant + a), mean)
 
     center = lambda rows: rows - rows.mean(1, keepdims=True)
     return Polynomial(
@@ -175,11 +201,12 @@ def fold(model: GPT) -> Polynomial:
         positions=center(weight("transformer.wpe.weight")) + 1,
         decay=decay_rows(model),
         n=n,
+        shift=act.shift,
         query=query,
         key=key,
-        hidden_last=hidden_last,
-        hidden_sum=hidden_sum,
-        logits_last=head @ A + np.outer(head @ (A @ constant + a), mean),
-        logits_sum=head @ A @ value,
-        logits_hidden=square * head @ A @ Wp,
+        hidden_last=act.scale * hidden_last,
+        hidden_sum=act.scale * hidden_sum,
+        logits_last=logits_last + act.linear * hidden @ hidden_last,
+        logits_sum=head @ A @ value + act.linear * hidden @ hidden_sum,
+        logits_hidden=act.factor * hidden,
     )

@@ -50,7 +50,7 @@ PER_LAUNCH = set(
 TRAJECTORY = (
     "seed dataset gradient_accumulation_steps batch_size dropout optimizer learning_rate "
     "weight_decay beta1 beta2 grad_clip decay_lr lr_schedule warmup_iters lr_decay_iters min_lr "
-    "teacher distill_iters"
+    "teacher distill_iters anneal_iters"
 ).split()
 # Keys that do nothing without another key
 NEEDS = {"lora_alpha": "lora_rank", "lora_targets": "lora_rank"}
@@ -166,7 +166,7 @@ def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
             rt.print(warning)
         keys = {f.name for f in fields(config)} - PER_LAUNCH
         if config.init_from != "resume":
-            keys -= {"teacher", "distill_iters"}
+            keys -= {"teacher", "distill_iters", "anneal_iters"}
         saved = {}
         # model_args say what the weights are, config what the user wanted
         for key, value in {**checkpoint["config"], **checkpoint["model_args"]}.items():

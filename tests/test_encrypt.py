@@ -41,6 +41,16 @@ def test_the_plan_needs_no_tenseal(saved, run, monkeypatch):
     assert "L12 H12 C768 T1024" in run("encrypt", "--out_dir=.", "--plan")
 
 
+def test_a_config_file_is_planned_without_a_run(run):
+    table = run("encrypt", "train_he", "--plan")
+    assert "L1 H1 C128 T64" in table and "L12 H12 C768 T1024" in table
+    assert "L3 H2 C128 T64" in run("encrypt", "train_he", "--plan", "--n_layer=3", "--n_head=2")
+    for args, said in [("--n_head=3", "not divisible by n_head"), ("--ring=16384", "unknown key")]:
+        with pytest.raises(Failed, match=said) as failed:
+            run("encrypt", "train_he", "--plan", args)
+        assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

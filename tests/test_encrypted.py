@@ -33,11 +33,21 @@ def answer(folder, T, **args):
 
 
 @pytest.mark.parametrize("T", [1, 5, 16])
-@pytest.mark.parametrize("attn_type", ["GKpoly-2", "PA_square", "PA_identity"])
-def test_encrypted_logits_are_the_polynomials_and_the_plan_counts_them(tmp_path, attn_type, T):
-    found, expected, server = answer(tmp_path, T, attn_type=attn_type)
+@pytest.mark.parametrize(
+    "attn_type, mlp_act",
+    [
+        ("GKpoly-2", "quad"),
+        ("GKpoly-2", "quartic"),
+        ("PA_square", "quartic"),
+        ("PA_identity", "quad"),
+    ],
+)
+def test_encrypted_logits_are_the_polynomials_and_the_plan_counts_them(
+    tmp_path, attn_type, mlp_act, T
+):
+    found, expected, server = answer(tmp_path, T, attn_type=attn_type, mlp_act=mlp_act)
     assert np.abs(found - expected).max() <= 1e-7 and np.abs(expected).max() > 0.1
-    cost = next_token(Shape(1, 1, 32, 16), attn_type)
+    cost = next_token(Shape(1, 1, 32, 16, mlp_act), attn_type)
     assert server.count["rotations"] == cost.rotations
     assert server.count["plain products"] == cost.plain_products
     assert server.count["ciphertext products"] == cost.ciphertext_products

@@ -20,6 +20,7 @@ from model import GPT, GPTConfig, attention, parse_attn_type
 POLYNOMIAL = {"norm": "fixed", "mlp_act": "quad"}
 MODERN = {"norm": "rms", "mlp_act": "relu-square", "position": "rope", "qk_norm": True}
 OPTIONS = [POLYNOMIAL, MODERN, {**POLYNOMIAL, "position": "rope"}, {"qk_norm": True, "bias": False}]
+OPTIONS += [{"norm": "fixed", "mlp_act": "quartic"}]
 SHAPE = dict(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 RT = Runtime("cpu", "float32", False)
 AS_FLAGS = lambda options: [f"--{key}={value}" for key, value in options.items()]
@@ -65,6 +66,8 @@ def numpy_logits(model, row):
             return x * (1 + erf(x / math.sqrt(2))) / 2
         if c.mlp_act == "relu-square":
             return np.maximum(x, 0) ** 2
+        if c.mlp_act == "quartic":
+            return 0.5 * x + 0.25 * x**2 - 0.006 * x**4
         return w[f"{name}.a"] * x**2 + w[f"{name}.b"] * x
 
     def prepare(x, gain):  # (T, hs)
@@ -259,13 +262,54 @@ def test_training_begins_with_the_constants_of_the_first_batch(run_train, tmp_pa
 
 @pytest.mark.parametrize("options", [POLYNOMIAL, MODERN])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(run_train, tmp_path, options):
-    args = [*AS_FLAGS(options), "--attn_type=GKpoly-4", "--lr_decay_iters=6"]
+    args = [*AS_FLAGS(options), "--attn_type=GKpoly-4", "--lr_decay_iters=6", "--anneal_iters=5"]
     run_train(*args, "--out_dir=whole", "--max_iters=6")
     run_train(*args, "--out_dir=run", "--max_iters=3")
     run_train("--out_dir=run", "--init_from=resume", "--max_iters=6", "--lr_decay_iters=6")
     assert same_training_state(tmp_path / "whole", tmp_path / "run")
     with pytest.raises(Failed, match="was trained with norm="):
         run_train("--out_dir=run", "--init_from=resume", "--norm=layer")
+
+
+@pytest.mark.parametrize("mlp_act", ["quad", "quartic"])
+def test_an_annealed_model_goes_from_gpt2s_parts_to_the_polynomial_in_training(mlp_act):
+    model, idx = tiny(norm="fixed", mlp_act=mlp_act), torch.randint(31, (2, 8))
+    gpt2 = tiny()
+    gpt2.load_state_dict(model.state_dict(), strict=False)
+    logits = lambda model: model(idx, idx)[0].detach()
+    alone = logits(model)
+    layers.anneal(model, 0, 4)
+    assert torch.equal(logits(model), alone)  # in evaluation
+    assert torch.equal(logits(model.train()), logits(gpt2))
+    x = torch.randn(3, 16)
+    for part in (module for module in model.modules() if isinstance(module, layers.Annealed)):
+        layers.anneal(model, 1, 4)
+        expected = 0.75 * part.gpt2(x) + 0.25 * part.polynomial(x)
+        torch.testing.assert_close(part(x), expected)
+    layers.anneal(model, 4, 4)
+    assert torch.equal(logits(model), alone)
+
+
+def test_annealing_changes_its_own_steps_and_is_not_inherited(run_train, tmp_path):
+    args = [*AS_FLAGS(POLYNOMIAL), "--learning_rate=0.01"]
+    run_train("--out_dir=plain", *args)
+    run_train("--out_dir=annealed", *args, "--anneal_iters=3")
+    assert not same_training_state(tmp_path / "plain", tmp_path / "annealed")
+    run_train("--init_from=finetune", "--out_dir=annealed", "--save_dir=tuned", "--max_iters=1")
+    assert ckpt.load(tmp_path / "tuned" / "ckpt.pt")["config"]["anneal_iters"] == 0
+    with pytest.raises(Failed, match="anneal_iters=3, not 2"):
+        run_train("--out_dir=annealed", "--init_from=resume", "--anneal_iters=2")
+
+
+def test_weights_that_a_conversion_leaves_out_are_named(run_train, tmp_path, capsys):
+    run_train("--out_dir=run", "--bias=True", "--max_iters=0")
+    path = tmp_path / "run" / "ckpt.pt"
+    checkpoint = ckpt.load(path)
+    ckpt.build_model(checkpoint, path, norm="rms", lora_rank=0)
+    told = capsys.readouterr().err
+    assert told == f"{path}: left out ln_1.bias, ln_2.bias, ln_f.bias: this model has none\n"
+    ckpt.build_model(checkpoint, path, norm="fixed", lora_rank=0)
+    assert capsys.readouterr().err == ""
 
 
 def test_two_ranks_have_the_constants_of_one(run_train, tmp_path, data_dir):

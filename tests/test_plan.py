@@ -1,6 +1,8 @@
 """engine/plan.py: bootstraps where they are cheapest, and tables for every attention."""
 
-from engine.plan import FUNCTIONS, GPT2, Shape, all_tokens, fewest_bootstraps, plan
+from dataclasses import replace
+
+from engine.plan import FUNCTIONS, GPT2, Shape, all_tokens, fewest_bootstraps, next_token, plan
 
 
 def test_bootstraps_are_placed_where_the_fewest_ciphertexts_are_alive():
@@ -18,6 +20,17 @@ def test_n_costs_depth_and_squarings_only():
     few, many = all_tokens(GPT2, "GKpoly-2"), all_tokens(GPT2, "GKpoly-4")
     assert (few.plain_products, few.rotations) == (many.plain_products, many.rotations)
     assert many.depth == few.depth + 12 * 2
+
+
+def test_quartic_costs_one_level_and_one_square_of_each_hidden_ciphertext():
+    for shape, hidden, count in (
+        (Shape(1, 1, 128, 64), 1, next_token),
+        (GPT2, 12 * 4 * 24, all_tokens),
+    ):
+        quad, quartic = (count(replace(shape, mlp_act=act), "GK") for act in ("quad", "quartic"))
+        assert quartic.depth == quad.depth + shape.n_layer
+        assert quartic.ciphertext_products == quad.ciphertext_products + hidden
+        assert quartic.plain_products == quad.plain_products
 
 
 def test_every_attention_is_in_the_tables_from_the_model_to_gpt2():

@@ -24,9 +24,11 @@ def random_model(**args) -> GPT:
 
 @pytest.mark.parametrize("attn_type", ["GKpoly-1", "GKpoly-4", "PA_square", "PA_identity"])
 @pytest.mark.parametrize("decay", ["none", "fixed", "learned"])
+@pytest.mark.parametrize("mlp_act", ["quad", "quartic"])
 @pytest.mark.parametrize("others", [{}, {"bias": False}, {"lora_rank": 2}])
-def test_the_polynomial_equals_torch_in_float64(attn_type, decay, others):
-    model = random_model(attn_type=attn_type, attn_decay=decay, **others).double()
+def test_the_polynomial_equals_torch_in_float64(attn_type, decay, mlp_act, others):
+    args = dict(attn_type=attn_type, attn_decay=decay, mlp_act=mlp_act, **others)
+    model = random_model(**args).double()
     polynomial = fold(model)
     for T in (1, 5, 16):
         ids = np.random.default_rng(T).integers(0, 30, T)
@@ -42,7 +44,7 @@ def test_the_polynomial_equals_torch_in_float64(attn_type, decay, others):
     [
         (dict(norm="layer"), "norm=layer can't be encrypted, only norm=fixed"),
         (dict(norm="rms"), "norm=rms"),
-        (dict(mlp_act="gelu"), "mlp_act=gelu can't be encrypted, only mlp_act=quad"),
+        (dict(mlp_act="gelu"), "mlp_act=gelu can't be encrypted, only mlp_act=quad or quartic"),
         (dict(position="rope"), "position=rope"),
         (dict(qk_norm=True), "qk_norm=True"),
         (dict(attn_center=True), "attn_center=True"),
