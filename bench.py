@@ -344,7 +344,7 @@ def main() -> None:
             profile(config, rt)
             return
         shape = f"L{config.n_layer} H{config.n_head} C{config.n_embd} V{config.vocab_size}"
-        machine = f"{rt.device_name()}, {rt.dtype}, compile {'on' if rt.compile else 'off'}"
+        machine = f"{rt.device_name()}, {rt.precision}, compile {'on' if rt.compile else 'off'}"
         rt.print(machine)
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         results = {"machine": machine, **versions, "config": vars(config)}

@@ -254,7 +254,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     output = Output(config, prompts, tokenizer)
     started = time.perf_counter()
-    with output.interrupt, suppress(KeyboardInterrupt):
+    with output.interrupt, suppress(KeyboardInterrupt), runtime.full_precision():
         options = {key: getattr(config, key) for key in DRAWING.split()}
         options |= {"on_tokens": output.add_tokens, "on_texts": output.add_texts}
         generate(model, tokenizer, prompts, compile=rt.compile, **options)

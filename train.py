@@ -217,7 +217,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     runtime.limit_threads(run.model.get_num_params(), config.batch_size * config.block_size)
     rt.print(
         f"{config.attn_type} ({start.choose_implementation(config, rt)}) on {rt.device}, "
-        f"{rt.dtype}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
+        f"{rt.precision}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
         f"{run.model.get_num_params():,} parameters, {start.tokens_per_step(config):,} tokens per "
         f"step, data set {data.name}"
     )

@@ -48,6 +48,17 @@ class Runtime:
         return torch.device(self.device).type
 
     @property
+    def tf32(self) -> bool:
+        """Whether matrices in float32 are multiplied in TF32, with 10 bits after the binary point:
+        on a GPU, where half precision does for the rest. Who asks for float32 gets float32."""
+        return self.device_type == "cuda" and self.dtype != "float32"
+
+    @property
+    def precision(self) -> str:
+        """The dtype as the first lines of a run tell it."""
+        return f"{self.dtype} (float32 products: TF32)" if self.tf32 else self.dtype
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
@@ -184,6 +195,17 @@ def lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply matrices in float32 without TF32, for results that are to be exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def say(line: str) -> None:
     """Print to stdout. A disk that is full, or a pipe that is closed, must not end a run."""
     with suppress(OSError):
@@ -318,7 +340,6 @@ def start(
         raise UserError(problem, this_rank=True) from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = dtype or ("bfloat16" if has_bf16 else "float16")
         compile = True if compile is None else compile
@@ -337,4 +358,6 @@ def start(
     if launch == "none":
         launch = f"child of {os.getppid()}"  # torchrun's own process
     ranks = rank, world_size, local_rank, number("TORCHELASTIC_RESTART_COUNT")
-    return Runtime(device, dtype or "float32", bool(compile), *ranks, launch, shard)
+    rt = Runtime(device, dtype or "float32", bool(compile), *ranks, launch, shard)
+    torch.set_float32_matmul_precision("high" if rt.tf32 else "highest")
+    return rt

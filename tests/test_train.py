@@ -296,7 +296,17 @@ def test_with_float16_too_bad_steps_are_passed_over(run_train, tmp_path):
     assert failed.value.code == 2
 
 
-def test_cuda_gets_an_index(monkeypatch):
+@pytest.mark.parametrize(
+    "asked, dtype, precision",
+    [
+        (None, "float16", "high"),
+        ("bfloat16", "bfloat16", "high"),
+        ("float32", "float32", "highest"),
+    ],
+)
+def test_cuda_gets_an_index_and_tf32_unless_float32_is_asked_for(
+    monkeypatch, asked, dtype, precision
+):
     from engine import runtime
 
     seen = []
@@ -304,10 +314,12 @@ def test_cuda_gets_an_index(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda n, device: seen.append(device))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    rt = runtime.start(None, None, None)
+    rt = runtime.start(None, asked, None)
+    chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    assert seen == ["cuda:0", "cuda:0"]
-    assert (rt.device, rt.dtype, rt.compile) == ("cuda:0", "float16", True)
+    assert seen == ["cuda:0", "cuda:0"] and chosen == precision
+    assert (rt.device, rt.dtype, rt.compile) == ("cuda:0", dtype, True)
+    assert rt.precision.startswith(dtype) and ("TF32" in rt.precision) == (precision == "high")
 
 
 def test_the_learning_rate_warms_up_decays_and_stays():
