@@ -108,13 +108,27 @@ class Runtime:
         """This rank's part of n micro-steps, a contiguous range."""
         return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
-    def sum(self, values: torch.Tensor | list[float]) -> list[float]:
-        """Numbers (a vector), each summed over all ranks. Waits for the device."""
-        totals = torch.as_tensor(values).detach().cpu().double()
+    def total(self, values: torch.Tensor | list[float]) -> torch.Tensor:
+        """Numbers (a vector), each summed over all ranks, in float64; they stay on a GPU."""
+        totals = torch.as_tensor(values).detach()
+        totals = (totals if totals.is_cuda else totals.cpu()).double()
         if self.world_size > 1:
             totals = totals.to(self.device)
             dist.all_reduce(totals)
-        return totals.tolist()
+        return totals
+
+    def sum(self, values: torch.Tensor | list[float]) -> list[float]:
+        """The same, on the host. Waits for the device."""
+        return self.total(values).tolist()
+
+    def read(self, vector: torch.Tensor) -> Callable[[], list[float]]:
+        """A function that returns the vector's numbers of now. It waits for the device as far as it
+        has been given work until now; what it is given later can go on meanwhile."""
+        if not vector.is_cuda:
+            return vector.tolist
+        copy, done = vector.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+        return lambda: done.synchronize() or copy.tolist()
 
     def from_main(
         self, make: Callable[[], object], to_others: Callable = lambda result: result
@@ -221,6 +235,7 @@ class Interrupt:
 
     def __init__(self):
         self.signal, self.time = 0, 0.0  # number and time of the first signal
+        self.noted = lambda: [0.0, 0.0]  # what the ranks said at the last poll that did not wait
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -230,10 +245,15 @@ class Interrupt:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def poll(self, rt: Runtime) -> int:
-        """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0."""
+    def poll(self, rt: Runtime, wait: bool = True) -> int:
+        """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0.
+        Several GPUs need not be waited for: without `wait` they say what they had noted at the call
+        before."""
         flags = [float(self.signal == number) for number in (signal.SIGTERM, signal.SIGINT)]
-        terminate, interrupt = rt.sum(flags)
+        noted = rt.read(rt.total(flags))
+        if not wait and rt.world_size > 1 and rt.device_type == "cuda":
+            noted, self.noted = self.noted, noted
+        terminate, interrupt = noted()
         return 143 if terminate else 130 if interrupt else 0
 
     def _note(self, number, frame):
