@@ -28,7 +28,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import configurator
 from configurator import UserError
@@ -37,6 +36,7 @@ from engine import runtime
 from engine.files import whole_file
 from engine.generation import stream
 from engine.loading import check_utf8, encode_prompt, load
+from engine.progress import tqdm
 from model import GPT
 
 RULER = "\n---------------"  # between texts

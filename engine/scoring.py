@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from configurator import UserError
 from data.dataset import Dataset
 from data.meta import data_folder, held_splits
 from data.tokenizer import END_OF_TEXT, from_meta
 from engine.files import text_table, whole_file
+from engine.progress import tqdm
 from engine.runtime import Runtime, full_precision
 from model import GPT
 
