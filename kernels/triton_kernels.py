@@ -35,6 +35,7 @@ from kernels.blockwise import empty_heads_last, family, hand_written
 # FORMS), which saves a multiplication per score: exp(x) = exp2(z), which the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on a CPU
 
 
 @triton.jit
@@ -218,6 +219,22 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
         return tl.load(X + rows)
 
 
+@triton.jit
+def rounded(tile, dtype: tl.constexpr):
+    """tile.to(dtype) for a tile whose rounded values are added up in float32 too. From .to, Triton
+    makes an instruction per value, on the unit that exp2 needs; these round two values each."""
+    if INTERPRETED or dtype == tl.float32:
+        return tile.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.float16, is_pure=True, pack=2
+        )
+
+
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
 # relative to a position between them, so that neither exceeds 1. On the diagonal, where there is
 # none, it is the middle of at most 128 positions: with the shortest reach, 0.75 tokens, a factor is
@@ -362,7 +379,7 @@ def dq_kernel(
             G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
-            G = G.to(k.dtype)
+            G = rounded(G, k.dtype)
             dq = tl.dot(G, k, dq, input_precision="ieee")
             if DISTANCE:
                 row_sum += tl.sum(G.to(tl.float32), axis=1)
@@ -436,7 +453,7 @@ def dkv_kernel(
                 A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
                 G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
             dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
-            G = G.to(q.dtype)
+            G = rounded(G, q.dtype)
             dk = tl.dot(G, q, dk, input_precision="ieee")
             if DISTANCE:
                 col_sum += tl.sum(G.to(tl.float32), axis=1)
@@ -523,7 +540,6 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 
 MAX_HEAD_SIZE = 256
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
 
 
 def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
@@ -615,14 +631,13 @@ def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | Non
     return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
 
 
-def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+def _arguments(
+    kernel: str, blocks: Blocks, tensors: tuple[Tensor, ...], name: str, divisor: float,
     rates: Tensor | None, sums: Tensor | None,
-) -> None:  # fmt: skip
-    """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
+) -> tuple[tuple, dict]:  # fmt: skip
+    """What kernel 'forward', 'dq' or 'dkv' is started with; tensors[0] is q."""
     q = tensors[0]
     score, f, unit, n = parse(name)
-    blocks = blocks_for(kernel, q)
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
@@ -633,11 +648,17 @@ def _launch(
         own["LEARNED"] = tensors[-1].numel() > 0
     # Without a decay its pointers are not followed
     of_decay = tensors[-2:] if rates is None else (rates, sums)
-    KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
-        *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
-        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **own,
-    )  # fmt: skip
+    return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
+        "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
+        "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
+        "grid": (B * nh * triton.cdiv(T, block),),
+    }  # fmt: skip
+
+
+def _launch(kernel: str, tensors: tuple[Tensor, ...], *formula) -> None:
+    """Start one program of a kernel per head and block. `formula`: name, divisor, rates, sums."""
+    args, options = _arguments(kernel, blocks_for(kernel, tensors[0]), tensors, *formula)
+    KERNELS[kernel][options.pop("grid")](*args, **options)
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())

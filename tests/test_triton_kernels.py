@@ -25,7 +25,9 @@ sys.path.insert(0, str(ROOT))  # for the script; under pytest it is there alread
 
 import model  # noqa: E402
 
-pytest.importorskip("triton", reason="triton is not installed (there is none for macOS, Windows)")
+triton = pytest.importorskip("triton", reason="there is no triton for macOS and Windows")
+import triton.language as tl  # noqa: E402
+
 from kernels import triton_kernels  # noqa: E402
 from kernels.blockwise import HAND_WRITTEN  # noqa: E402
 
@@ -329,17 +331,36 @@ def compile_for_hopper(
 
 
 def resource_usage(cubin: bytes) -> dict:
-    """REG and STACK of a kernel in machine code, by the cuobjdump that Triton brings along."""
-    import triton
+    """REG and STACK of a kernel in machine code, by cuobjdump."""
+    out = cuda_tool("cuobjdump", cubin, "--dump-resource-usage")
+    return {key: int(re.search(rf"{key}:(\d+)", out)[1]) for key in ("REG", "STACK")}
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def cuda_tool(name: str, cubin: bytes, option: str) -> str:
+    """What one of CUDA's tools, which Triton brings along, prints of machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        out = subprocess.run(
-            [tool, "--dump-resource-usage", file], check=True, capture_output=True, text=True
+        return subprocess.run(
+            [tool, option, file], check=True, capture_output=True, text=True
         ).stdout
-    return {key: int(re.search(rf"{key}:(\d+)", out)[1]) for key in ("REG", "STACK")}
+
+
+@triton.jit
+def rounding_kernel(X, Y, IN_PAIRS: tl.constexpr):
+    i = tl.arange(0, 512)
+    x = tl.load(X + i)
+    if IN_PAIRS:
+        tl.store(Y + i, triton_kernels.rounded(x, Y.dtype.element_ty))
+    else:
+        tl.store(Y + i, x.to(Y.dtype.element_ty))
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """The instructions of a cubin, without addresses and names."""
+    listing = cuda_tool("nvdisasm", cubin, "--print-code")
+    return [line.split("*/")[1] for line in listing.splitlines() if "/*0" in line]
 
 
 cases = [COMPILED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED[1:])]
@@ -360,6 +381,24 @@ def test_compiled_for_hopper(kernel, name, head_size):
         registers = (usage["REG"] + 7) // 8 * 8 * 32 * triton_kernels.BLOCKS[kernel, 64].num_warps
         assert programs * registers <= 65536
         assert programs * (usage["SHARED"] + 1024) <= 228 * 1024  # 1 KB is the system's
+
+
+@compiles
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounding_in_pairs_is_the_machine_code_of_the_conversion(dtype):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    code = []
+    for in_pairs in (True, False):
+        signature = {"X": "*fp32", "Y": f"*{dtype}", "IN_PAIRS": "constexpr"}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
+        source = ASTSource(rounding_kernel, signature, {(2,): in_pairs}, attributes)
+        compiled = compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True}
+        )
+        code.append(machine_code(compiled.asm["cubin"]))
+    assert code[0] == code[1] and any("F2FP" in line for line in code[0])
 
 
 @compiles
