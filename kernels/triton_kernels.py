@@ -18,7 +18,6 @@ Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formul
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from kernels.blockwise import empty_heads_last, family, hand_written
 # FORMS), which saves a multiplication per score: exp(x) = exp2(z), which the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on a CPU
 
 
 @triton.jit
@@ -63,11 +63,25 @@ def gaussian_poly(z, n: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(u):
+    """1 / u for 2^-126 < u < 2^126, to a relative 3e-7: one instruction of the hardware and one
+    product. A division also scales u against overflow."""
+    r = tl.rsqrt(u)
+    return r * r
+
+
+@triton.jit
 def gelu(z, n):
-    """x Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2."""
-    Phi = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-    phi = 0.3989422804014327 * tl.exp2(z * z * (-0.5 * LOG2_E))
-    return z * Phi, Phi + z * phi
+    """x Phi(x) with the normal distribution Phi. Its tail beyond |x| is exp(-x^2 / 2) t P(t) with
+    t = 1 / (1 + 0.3 |x|), and P was fitted on |x| < 13 (Remez; exact to a relative 1.2e-7), where
+    exp(-x^2 / 2) ends in float32. f' = Phi + x phi has the same exponential."""
+    e = tl.exp2(z * z * (-0.5 * LOG2_E))
+    t = reciprocal(1.0 + 0.3 * tl.abs(z))
+    P = 0.210118164 + t * (-0.159378166 + t * 0.0361948183)
+    P = 0.0993471474 + t * (0.130416365 + t * (-0.0571671755 + t * P))
+    tail = e * t * (0.119623263 + t * (0.120845527 + t * P))
+    Phi = tl.where(z < 0, tail, 1.0 - tail)
+    return z * Phi, Phi + z * (0.3989422804014327 * e)
 
 
 @triton.jit
@@ -80,7 +94,7 @@ def sigmoid(z, n):
     """1 / (1 + exp(-x)), z = x log2(e). By t = exp(-|x|), which can't overflow; f' = t / (1 + t)^2,
     where f (1 - f) would cancel."""
     t = tl.exp2(-tl.abs(z))
-    u = 1.0 / (1.0 + t)
+    u = reciprocal(1.0 + t)
     return tl.where(z < 0, t * u, u), t * u * u
 
 
@@ -107,7 +121,7 @@ def tanh(z, n):
     """(1 - t) / (1 + t) with t = exp(-2|x|), and the sign of x; f' = 4 t / (1 + t)^2. Where 1 - t
     would cancel, four terms of the series: the fifth is below 2e-8 of x for |x| < 0.15."""
     t = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
-    u = 1.0 / (1.0 + t)
+    u = reciprocal(1.0 + t)
     far = (1.0 - t) * u
     z2 = z * z
     near = z * (1.0 + z2 * (-1.0 / 3.0 + z2 * (2.0 / 15.0 - z2 * (17.0 / 315.0))))
@@ -120,8 +134,8 @@ def softplus(z, n):
     u = 1 + t is exact to rounding (W. Kahan). f' = sigmoid(x)."""
     t = tl.exp2(tl.abs(z) * -LOG2_E)
     u = 1.0 + t
-    log1p = tl.where(u == 1.0, t, tl.log(u) * (t / (u - 1.0)))
-    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) / u
+    log1p = tl.where(u == 1.0, t, tl.log(u) * t * reciprocal(u - 1.0))
+    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) * reciprocal(u)
 
 
 @triton.jit
@@ -218,10 +232,27 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
         return tl.load(X + rows)
 
 
+@triton.jit
+def rounded(tile, dtype: tl.constexpr):
+    """tile.to(dtype) for a tile whose rounded values are added up in float32 too. From .to, Triton
+    makes an instruction per value, on the unit that exp2 needs; these round two values each."""
+    if INTERPRETED or dtype == tl.float32:
+        return tile.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.float16, is_pure=True, pack=2
+        )
+
+
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
-# relative to a position between them, so that neither exceeds 1. On the diagonal, where there is
-# none, it is the middle of at most 128 positions: with the shortest reach, 0.75 tokens, a factor is
-# 2^123 at most, which float32 holds.
+# relative to a position between them, so that neither exceeds 1. The program's own rows or columns
+# get theirs after the loop. On the diagonal, where there is no position between them, it is the
+# middle of at most 128: with the shortest reach, 0.75 tokens, a factor is 2^123 at most, which
+# float32 holds; both are applied at once there.
 
 
 @triton.jit
@@ -299,11 +330,15 @@ def forward_kernel(
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             if DECAY:
-                A *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
+                A *= column_factors(cols, rate, origin)[None, :]
+                if DIAGONAL:
+                    A *= row_factor[:, None]
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             y = tl.dot(A.to(v.dtype), v, y, input_precision="ieee")
+        if DECAY and not DIAGONAL:
+            y *= row_factor[:, None]
     store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
 
 
@@ -352,7 +387,9 @@ def dq_kernel(
             A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
             if DECAY:
-                dA *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
+                dA *= column_factors(cols, rate, origin)[None, :]
+                if DIAGONAL:
+                    dA *= row_factor[:, None]
             if LEARNED:
                 P = A * dA
                 if DIAGONAL:
@@ -362,10 +399,15 @@ def dq_kernel(
             G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
-            G = G.to(k.dtype)
+            G = rounded(G, k.dtype)
             dq = tl.dot(G, k, dq, input_precision="ieee")
             if DISTANCE:
                 row_sum += tl.sum(G.to(tl.float32), axis=1)
+        if DECAY and not DIAGONAL:
+            dq *= row_factor[:, None]
+            row_sum *= row_factor
+            P_sum *= row_factor
+            P_moment *= row_factor
     if DISTANCE:
         # Load q again: kept since the start, it would fill registers all through the loop. The
         # barrier is what stops the compiler from doing just that.
@@ -411,11 +453,11 @@ def dkv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     col_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for BELOW in tl.static_range(2):
-        begin = first_col + BLOCK_N if BELOW else first_col
-        end = farthest if BELOW else tl.minimum(first_col + BLOCK_N, T)
+    for DIAGONAL in tl.static_range(2):
+        begin = first_col if DIAGONAL else first_col + BLOCK_N
+        end = tl.minimum(first_col + BLOCK_N, T) if DIAGONAL else farthest
         if DECAY:
-            origin = first_col + (BLOCK_N if BELOW else BLOCK_N // 2)
+            origin = first_col + (BLOCK_N // 2 if DIAGONAL else BLOCK_N)
             column_factor = column_factors(cols, rate, origin)
         for first_row in tl.range(begin, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
@@ -425,21 +467,26 @@ def dkv_kernel(
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
             G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
             if DECAY:
-                row_factor = row_factors(S, rows, T, rate, origin)
-                factor = column_factor[:, None] * row_factor[None, :]
+                factor = row_factors(S, rows, T, rate, origin)[None, :]
+                if DIAGONAL:
+                    factor = column_factor[:, None] * factor
                 A *= factor
                 G *= factor
             if RAGGED:
                 A = tl.where(rows[None, :] < T, A, 0.0)
                 G = tl.where(rows[None, :] < T, G, 0.0)
-            if not BELOW:
+            if DIAGONAL:
                 A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
                 G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
             dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
-            G = G.to(q.dtype)
+            G = rounded(G, q.dtype)
             dk = tl.dot(G, q, dk, input_precision="ieee")
             if DISTANCE:
                 col_sum += tl.sum(G.to(tl.float32), axis=1)
+        if DECAY and not DIAGONAL:
+            dv *= column_factor[:, None]
+            dk *= column_factor[:, None]
+            col_sum *= column_factor
     if DISTANCE:
         tl.debug_barrier()  # and load k again, like q in dq_kernel
         k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
@@ -448,7 +495,12 @@ def dkv_kernel(
     store_rows(dV, first_col, T, nh * HS, dv * (1.0 / divisor), BLOCK_N, HS, BLOCK_D)
 
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+KERNELS = {
+    "forward": forward_kernel,
+    "dq": dq_kernel,
+    "dq_learned": dq_kernel,  # with what the gradient of a decay needs
+    "dkv": dkv_kernel,
+}
 
 # ---- Block sizes ------------------------------------------------------------
 
@@ -481,6 +533,9 @@ BLOCKS = {
     ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 24 B, 65 KB, 3
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
+    ("dq_learned", 64): Blocks(64, 64, 4, 3),
+    ("dq_learned", 128): Blocks(64, 64, 8, 3),
+    ("dq_learned", 256): Blocks(64, 32, 8, 2),
     ("dkv", 64): Blocks(64, 64, 4, 2),  # 255, 8 B, 49 KB, 2
     ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
     ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
@@ -488,8 +543,9 @@ BLOCKS = {
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
     **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
-    **dict.fromkeys([("forward", 256), ("dq", 128), ("dq", 256)], Blocks(32, 16, 8, 2)),
-    **dict.fromkeys([("dkv", 128), ("dkv", 256)], Blocks(16, 32, 8, 2)),
+    ("forward", 256): Blocks(32, 16, 8, 2),
+    **{(k, hs): Blocks(32, 16, 8, 2) for k in ("dq", "dq_learned") for hs in (128, 256)},
+    **{("dkv", hs): Blocks(16, 32, 8, 2) for hs in (128, 256)},
 }
 NORM_ROWS = 64
 # Shared memory that one program may have: the tables count on Hopper's. With two stages, head sizes
@@ -511,7 +567,7 @@ def shared_bytes(device: torch.device) -> int:
 
 
 def blocks_for(kernel: str, q: Tensor) -> Blocks:
-    """The block sizes of kernel 'forward', 'dq' or 'dkv' for these inputs."""
+    """The block sizes of a kernel for these inputs."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
     blocks = table[kernel, max(64, padded(q.size(-1)))]
     if shared_bytes(q.device) < HOPPER_SHARED_BYTES:
@@ -523,7 +579,6 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 
 MAX_HEAD_SIZE = 256
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
 
 
 def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
@@ -615,29 +670,34 @@ def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | Non
     return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
 
 
-def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+def _arguments(
+    kernel: str, blocks: Blocks, tensors: tuple[Tensor, ...], name: str, divisor: float,
     rates: Tensor | None, sums: Tensor | None,
-) -> None:  # fmt: skip
-    """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
+) -> tuple[tuple, dict]:  # fmt: skip
+    """What a kernel is started with: positional arguments and keywords. tensors[0] is q."""
     q = tensors[0]
     score, f, unit, n = parse(name)
-    blocks = blocks_for(kernel, q)
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
     own = {}
     if kernel == "dkv":
         own["RAGGED"] = T % blocks.BLOCK_M != 0
-    if kernel == "dq":
-        own["LEARNED"] = tensors[-1].numel() > 0
+    if KERNELS[kernel] is dq_kernel:
+        own["LEARNED"] = kernel == "dq_learned"
     # Without a decay its pointers are not followed
     of_decay = tensors[-2:] if rates is None else (rates, sums)
-    KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
-        *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
-        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **own,
-    )  # fmt: skip
+    return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
+        "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
+        "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
+        "grid": (B * nh * triton.cdiv(T, block),),
+    }  # fmt: skip
+
+
+def _launch(kernel: str, tensors: tuple[Tensor, ...], *formula) -> None:
+    """Start one program of a kernel per head and block. `formula`: name, divisor, rates, sums."""
+    args, options = _arguments(kernel, blocks_for(kernel, tensors[0]), tensors, *formula)
+    KERNELS[kernel][options.pop("grid")](*args, **options)
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
@@ -678,9 +738,10 @@ def _backward(
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     moments = _moments(q, learned)
+    of_dq = "dq_learned" if learned else "dq"
     with torch.cuda.device_of(q):
         _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
+        _launch(of_dq, (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
     return dq, dk, dv, moments
 
 
@@ -708,34 +769,3 @@ def _gradients(ctx, dy, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-# ---- Autotuning, on request -------------------------------------------------
-
-CANDIDATES = [
-    Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
-    for BLOCK_M in (32, 64, 128)
-    for BLOCK_N in (32, 64, 128)
-    for num_warps, maxnreg in ((4, None), (4, 168), (8, None), (8, 128))
-    for num_stages in (2, 3, 4)
-]
-
-
-def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
-    """Time every candidate on these inputs, and use the fastest for their head size until the
-    process ends. Returns them by kernel. It takes minutes, most of them to compile."""
-    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = _forward(q, k, v, name, 1.0, None, None)
-    forward = lambda: _forward(q, k, v, name, 1.0, None, None)
-    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None, False)
-    fastest = {}
-    for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
-        key, times = (kernel, max(64, padded(q.size(-1)))), {}
-        for blocks in [table[key], *CANDIDATES]:
-            own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
-            if own % other == 0:  # see BLOCKS
-                table[key] = blocks
-                with suppress(triton.runtime.OutOfResources):
-                    times[blocks] = triton.testing.do_bench(launch)
-        fastest[kernel] = table[key] = min(times, key=times.get)
-    return fastest
