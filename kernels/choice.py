@@ -3,6 +3,9 @@ Which implementation of an attention can run, and which one does.
 
 `reference` is model.py's formula, `blockwise` and `triton` compute the same function in O(T)
 memory, and `auto` means the fastest that can run. Softmax has torch's own kernels (SDPA) instead.
+
+Above head size 256, `auto` takes the formula on a GPU while its T x T matrices are small:
+torch.compile fuses what is between its products.
 """
 
 from typing import Literal, get_args
@@ -12,12 +15,23 @@ import torch
 Device = torch.device | str
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
 
+WIDE = 256  # head sizes above it have no fused kernel
+MAX_MATRIX = 2**28  # scores of all heads: 1 GiB in float32, and the formula holds several such
+
+
+def is_small(B: int, nh: int, T: int) -> bool:
+    """Whether the formula's matrices, B nh T^2 scores, are small enough to prefer it on a GPU. The
+    branch gives torch.compile a constant to pass on, also where T is symbolic."""
+    return True if B * nh * T * T <= MAX_MATRIX else False
+
 
 def refusals(
-    attn_type: str, variant, head_size: int, dtype: torch.dtype, device: Device, dropout: float
-) -> dict[str, str | None]:
+    attn_type: str, variant, head_size: int, dtype: torch.dtype, device: Device, dropout: float,
+    small: bool = True,
+) -> dict[str, str | None]:  # fmt: skip
     """For each implementation, the fastest first: one line on why it can't run, None if it can.
-    `variant` is the registry's entry for `attn_type`, None for softmax."""
+    `variant` is the registry's entry for `attn_type`, None for softmax; `small` is `is_small` of
+    the input."""
     if variant is None:
         return {"SDPA": None}
     device = torch.device(device)
@@ -34,7 +48,10 @@ def refusals(
             triton = f"the Triton kernels can't be imported: {error}"
     tested = device.type in ("cpu", "cuda")
     blockwise = None if tested else f"blockwise attention was never tested on {device.type}"
-    return {"triton": triton, "blockwise": blockwise, "reference": None}
+    reasons = {"triton": triton, "blockwise": blockwise, "reference": None}
+    if device.type == "cuda" and head_size > WIDE and small:
+        return {name: reasons[name] for name in ("triton", "reference", "blockwise")}
+    return reasons
 
 
 def pick(impl: str, reasons: dict[str, str | None]) -> str:
