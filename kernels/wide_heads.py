@@ -180,12 +180,13 @@ def gradients_kernel(
     start = head_start(head, nh, stride_b, stride_h)
     dY += head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS)
 
+    # First the products, then f: as its results replace them, no other order needs fewer registers
+    dA = dot_products(dY, V + start, row, col, T, nh * HS, stride_t, BLOCK, BLOCK_K, HS, RAGGED)
     tile, slope = weights(
         Q + start, K + start, Q_norm, K_norm, Rates, S, head, row, col, stride_t, nh, T, c * unit,
         f, n, DISTANCE, DECAY, BLOCK, BLOCK_K, HS, RAGGED,
     )  # fmt: skip
     store_tile(A, place, row, col, length, tile, BLOCK)
-    dA = dot_products(dY, V + start, row, col, T, nh * HS, stride_t, BLOCK, BLOCK_K, HS, RAGGED)
     if LEARNED:
         P = tile * dA
         tl.store(P_sums + row_part + rows, tl.sum(P, axis=1))
