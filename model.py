@@ -191,9 +191,7 @@ def attention(
             return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach)
         fast = by_blocks
         if chosen == "triton":
-            from kernels import triton_kernels
-
-            fast = triton_kernels.attention(attn_type, divisor)
+            fast = choice.triton_module(q.size(-1)).attention(attn_type, divisor)
         return fast(q, k, v, dropout, reach)
 
     return attend

@@ -4,8 +4,10 @@ Which implementation of an attention can run, and which one does.
 `reference` is model.py's formula, `blockwise` and `triton` compute the same function in O(T)
 memory, and `auto` means the fastest that can run. Softmax has torch's own kernels (SDPA) instead.
 
-Above head size 256, `auto` takes the formula on a GPU while its T x T matrices are small:
-torch.compile fuses what is between its products.
+Above head size 256, `triton` means wide_heads.py, whose memory is O(T^2) for some heads at a time,
+and a GPU prefers the formula to `blockwise` while its T x T matrices are small: torch.compile fuses
+what is between its products. In float32 it prefers the formula to `triton` too: full precision has
+no tensor cores, and Triton's products without them are slower than cuBLAS's, by an unknown factor.
 """
 
 from typing import Literal, get_args
@@ -15,7 +17,7 @@ import torch
 Device = torch.device | str
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
 
-WIDE = 256  # head sizes above it have no fused kernel
+MAX_FUSED = 256  # the largest head size of triton_kernels.py
 MAX_MATRIX = 2**28  # scores of all heads: 1 GiB in float32, and the formula holds several such
 
 
@@ -23,6 +25,13 @@ def is_small(B: int, nh: int, T: int) -> bool:
     """Whether the formula's matrices, B nh T^2 scores, are small enough to prefer it on a GPU. The
     branch gives torch.compile a constant to pass on, also where T is symbolic."""
     return True if B * nh * T * T <= MAX_MATRIX else False
+
+
+def triton_module(head_size: int):
+    """The module with the Triton kernels for this head size. Raises ImportError without Triton."""
+    from kernels import triton_kernels, wide_heads
+
+    return triton_kernels if head_size <= MAX_FUSED else wide_heads
 
 
 def refusals(
@@ -41,16 +50,16 @@ def refusals(
         triton = "the Triton kernels have no dropout"
     else:
         try:
-            from kernels import triton_kernels
-
-            triton = triton_kernels.refusal(attn_type, head_size, dtype, device, variant)
+            module = triton_module(head_size)
+            triton = module.refusal(attn_type, head_size, dtype, device, variant)
         except ImportError as error:
             triton = f"the Triton kernels can't be imported: {error}"
     tested = device.type in ("cpu", "cuda")
     blockwise = None if tested else f"blockwise attention was never tested on {device.type}"
     reasons = {"triton": triton, "blockwise": blockwise, "reference": None}
-    if device.type == "cuda" and head_size > WIDE and small:
-        return {name: reasons[name] for name in ("triton", "reference", "blockwise")}
+    if device.type == "cuda" and head_size > MAX_FUSED and small:
+        first = ("reference", "triton") if dtype == torch.float32 else ("triton", "reference")
+        return {name: reasons[name] for name in (*first, "blockwise")}
     return reasons
 
 

@@ -264,7 +264,8 @@ def product_kernel(
 
 class Blocks(NamedTuple):
     """A tile of A or G is BLOCK x BLOCK, a block of y, dq, dk, dv BLOCK x BLOCK_D. Products advance
-    by BLOCK_K, on num_warps warps of 32 threads, with num_stages steps in shared memory."""
+    by BLOCK_K, on num_warps warps of 32 threads, with num_stages steps in shared memory. BLOCK_K
+    has to divide BLOCK: A and G end with a block."""
 
     BLOCK: int
     BLOCK_D: int
@@ -274,7 +275,7 @@ class Blocks(NamedTuple):
 
 
 HALF = Blocks(128, 128, 64, 8, 3)
-FLOAT32 = Blocks(64, 64, 32, 8, 2)  # on the ordinary cores, its operands in registers
+FLOAT32 = Blocks(64, 64, 32, 4, 3)  # on the ordinary cores, its operands in registers
 MAX_WEIGHTS = 2**26  # in a chunk: 128 MiB in half precision, and still some 2000 tiles of 128 x 128
 NORM_ROWS = 8
 
