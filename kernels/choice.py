@@ -4,10 +4,10 @@ Which implementation of an attention can run, and which one does.
 `reference` is model.py's formula, `blockwise` and `triton` compute the same function in O(T)
 memory, and `auto` means the fastest that can run. Softmax has torch's own kernels (SDPA) instead.
 
-Above head size 256, `triton` means wide_heads.py, whose memory is O(T^2) for some heads at a time,
-and a GPU prefers the formula to `blockwise` while its T x T matrices are small: torch.compile fuses
-what is between its products. In float32 it prefers the formula to `triton` too: full precision has
-no tensor cores, and Triton's products without them are slower than cuBLAS's, by an unknown factor.
+Above head size 256, `triton` means wide_heads.py, whose memory is O(T^2) for some heads at a time.
+There a GPU prefers the formula to `blockwise` while its T x T matrices are small, as torch.compile
+fuses what is between its products. In float32 it prefers the formula to `triton` too: without
+tensor cores, Triton's products may be slower than cuBLAS's by more than the half that they save.
 """
 
 from typing import Literal, get_args

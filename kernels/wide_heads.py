@@ -311,31 +311,34 @@ def attention(name: str, divisor: float) -> Callable[..., Tensor]:
 class Launcher:
     """What all launches for one input share: its shape, the attention and the decay."""
 
-    def __init__(self, q: Tensor, name: str, divisor: float, rates: Tensor | None, sums):
+    def __init__(self, q: Tensor, name: str, rates: Tensor | None, sums: Tensor | None):
         score, f, self.unit, n = parse(name)
-        self.blocks, (B, self.nh, self.T, self.hs) = blocks_for(q.dtype), q.shape
-        self.distance, self.c, self.divisor = score == "distance", 1 / math.sqrt(self.hs), divisor
-        self.N, self.n_blocks = B * self.nh, triton.cdiv(self.T, self.blocks.BLOCK)
+        B, self.nh, self.T, self.hs = q.shape
+        self.c, self.distance = 1 / math.sqrt(self.hs), score == "distance"
+        self.blocks = blocks_for(q.dtype)
+        self.n_blocks = triton.cdiv(self.T, self.blocks.BLOCK)
         self.length = self.n_blocks * self.blocks.BLOCK
+        self.heads = B * self.nh
+        self.chunk = min(self.heads, max(1, MAX_WEIGHTS // self.length**2))  # heads at a time
         # Without a decay its pointers are not followed
-        self.decays, self.decay = rates is not None, (q, q) if rates is None else (rates, sums)
+        self.decay = (q, q) if rates is None else (rates, sums)
+        self.of_score = {"f": f, "n": n, "DISTANCE": self.distance}
         self.common = self.blocks._asdict() | {
-            "HS": self.hs, "RAGGED": self.T != self.length, "DECAY": self.decays,
+            "HS": self.hs, "RAGGED": self.T != self.length, "DECAY": rates is not None,
             "enable_fp_fusion": True,
         }  # fmt: skip
-        self.of_score = {"f": f, "n": n, "DISTANCE": self.distance}
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(the first head, the number of heads) of each chunk, heads counted through the batch."""
-        step = max(1, MAX_WEIGHTS // self.length**2)
-        return ((first, min(step, self.N - first)) for first in range(0, self.N, step))
+        firsts = range(0, self.heads, self.chunk)
+        return ((first, min(self.chunk, self.heads - first)) for first in firsts)
 
     def norms(self, x: Tensor) -> Tensor:
         """c/2 unit |x_i|^2, (B, nh, T) in float32; empty for a dot product."""
         if not self.distance:
             return x.new_empty(0, dtype=torch.float32)
         norms = x.new_empty(x.shape[:3], dtype=torch.float32)
-        norm_kernel[(self.N * triton.cdiv(self.T, NORM_ROWS),)](
+        norm_kernel[(self.heads * triton.cdiv(self.T, NORM_ROWS),)](
             x, norms, *x.stride()[:3], self.nh, self.T, self.c, self.unit,
             BLOCK=NORM_ROWS, HS=self.hs, BLOCK_D=triton_kernels.padded(self.hs),
             enable_fp_fusion=True,
@@ -374,11 +377,11 @@ def _forward(
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     triton_kernels._check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
-    y, launch = empty_heads_last(q), Launcher(q, name, divisor, rates, sums)
+    y, launch = empty_heads_last(q), Launcher(q, name, rates, sums)
+    A = q.new_empty(launch.chunk, launch.length, launch.length)
     with torch.cuda.device_of(q):
         norms = launch.norms(q), launch.norms(k)
         for chunk in launch.chunks():
-            A = q.new_empty(chunk[1], launch.length, launch.length)
             launch.tiles(weights_kernel, (q, k, A, *norms), *chunk)
             launch.product(A, v, y, 1 / divisor, *chunk, transposed=False)
     return y, *norms
@@ -400,25 +403,25 @@ def _backward(
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
-    moments, launch = triton_kernels._moments(q, learned), Launcher(q, name, divisor, rates, sums)
+    moments, launch = triton_kernels._moments(q, learned), Launcher(q, name, rates, sums)
+    A, G = q.new_empty(2, launch.chunk, launch.length, launch.length)
+    parts = launch.n_blocks, launch.length
+    n_sums, n_moments = launch.chunk * launch.distance, launch.chunk * learned
+    G_rows, G_cols = q.new_empty(2, n_sums, *parts, dtype=torch.float32)
+    P = q.new_empty(2, n_moments, *parts, dtype=torch.float32)
+    own = ((q, G_rows), (k, G_cols)) if launch.distance else ((), ())
     scale = launch.c / divisor
     with torch.cuda.device_of(q):
-        for chunk in launch.chunks():
-            heads, blocks, length = chunk[1], launch.n_blocks, launch.length
-            A, G = q.new_empty(2, heads, length, length)
-            # Parts that no tile writes are read by no one, except those of P
-            n_sums = heads if launch.distance else 0
-            G_rows, G_cols = q.new_empty(2, n_sums, blocks, length, dtype=torch.float32)
-            P = q.new_zeros(2, heads if learned else 0, blocks, length, dtype=torch.float32)
+        for first, heads in launch.chunks():
+            P.zero_()  # beyond the reach and above the diagonal, where no tile writes
             tensors = (q, k, v, dy, A, G, G_rows, G_cols, *P, q_norm, k_norm)
-            launch.tiles(gradients_kernel, tensors, *chunk, LEARNED=learned)
+            launch.tiles(gradients_kernel, tensors, first, heads, LEARNED=learned)
             if learned:
-                of_chunk = moments.flatten(0, 1)[chunk[0] : sum(chunk)]
-                of_chunk.copy_(P.sum(2)[:, :, : launch.T].permute(1, 2, 0))
-            own = ((q, G_rows), (k, G_cols)) if launch.distance else ((), ())
-            launch.product(A, dy, dv, 1 / divisor, *chunk, True)
-            launch.product(G, k, dq, scale, *chunk, False, *own[0])
-            launch.product(G, q, dk, scale, *chunk, True, *own[1])
+                of_chunk = P[:, :heads, :, : launch.T].sum(2).permute(1, 2, 0)
+                moments.flatten(0, 1)[first : first + heads] = of_chunk
+            launch.product(A, dy, dv, 1 / divisor, first, heads, True)
+            launch.product(G, k, dq, scale, first, heads, False, *own[0])
+            launch.product(G, q, dk, scale, first, heads, True, *own[1])
     return dq, dk, dv, moments
 
 
