@@ -18,6 +18,7 @@ Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formul
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -638,8 +639,7 @@ def attention(name: str, divisor: float) -> Callable[..., Tensor]:
     return lambda q, k, v, dropout, reach: triton_attention(q, k, v, name, divisor, reach)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
-    reason = refusal(name, q.size(-1), q.dtype, q.device)
+def _check(q: Tensor, k: Tensor, v: Tensor, reason: str | None) -> None:
     if reason is not None:
         raise ValueError(reason)
     if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
@@ -706,7 +706,7 @@ def _forward(
     rates: Tensor | None, sums: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
-    _check(q, k, v, name)
+    _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     q, k, v = _one_set_of_strides(q, k, v)
     y, q_norm, k_norm = empty_heads_last(q), _norms(q, name), _norms(q, name)
     score, _, unit, _ = parse(name)
@@ -723,7 +723,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, name, divisor, rates, sums):
-    _check(q, k, v, name)
+    _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
 
@@ -755,10 +755,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output[1:], rates, sums)
 
 
-def _gradients(ctx, dy, *_):
+def _gradients(backward, ctx, dy, *_):
     *tensors, rates, sums = ctx.saved_tensors
     learned = ctx.needs_input_grad[-2]
-    dq, dk, dv, moments = _backward(dy, *tensors, *ctx.formula, rates, sums, learned)
+    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, sums, learned)
     d_rates = d_sums = None
     if learned:  # y_i = sum_j 2^(-rate (i - j)) / s_i ...
         P_sum, P_moment = moments.unbind(-1)
@@ -768,4 +768,4 @@ def _gradients(ctx, dy, *_):
     return dq, dk, dv, None, None, d_rates, d_sums
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(partial(_gradients, _backward), setup_context=_save)
