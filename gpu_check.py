@@ -54,8 +54,8 @@ from bench import BenchConfig
 from configurator import UserError
 from engine import flex, runtime
 from engine.files import read_rows, text_table, whole_file
-from kernels import cross_entropy
-from model import attention, refusals
+from kernels import choice, cross_entropy
+from model import attention
 
 ROOT = Path(__file__).parent
 
@@ -127,13 +127,28 @@ def machine(task: Task) -> Rows:
     yield {"what": "copy, GB/s read and written"}, copy
 
 
-def compile(task: Task) -> Rows:
-    from tests.test_triton_kernels import COMPILED, compile_for_hopper
+def assemble(kernel: str, name: str, hs: int, decays: bool) -> dict:
+    """What one kernel takes on Hopper, as launched for bfloat16."""
+    from kernels import triton_kernels, tuning
 
+    q, k, v = torch.empty(1, 1024, 3, 12, hs, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    with tuning.for_hopper():
+        blocks = triton_kernels.blocks_for(kernel, q)
+        compiled = tuning.compile_kernel(kernel, blocks, q, k, v, name, decays)
+        return tuning.usage(compiled)._asdict()
+
+
+def compile(task: Task) -> Rows:
+    from kernels.triton_kernels import FORMS, KERNELS
+
+    names = (name.replace("-n", "-8") for name in FORMS)
+    cases = [*product(KERNELS, names, (64, 128, 256), (False, True))]
+    cases = [case for case in cases if case[0] != "dq_learned" or case[3]][: task.cases]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(compile_for_hopper, *case): case for case in COMPILED[: task.cases]}
+        jobs = {pool.submit(assemble, *case): case for case in cases}
         for job in as_completed(jobs):
-            yield dict(zip(("kernel", "attention", "hs"), jobs[job], strict=True)), job.result
+            keys = "kernel", "attention", "hs", "decay"
+            yield dict(zip(keys, jobs[job], strict=True)), job.result
 
 
 def pytest(*args: object) -> list[str]:
@@ -168,13 +183,18 @@ EXPECTED = {
 }
 
 
-def passes(attend: Callable, task: Task, shape: tuple) -> tuple[Callable, Callable]:
-    """Functions for the forward pass and for the backward pass alone, at (B, nh, T, hs). The inputs
-    are laid out as in a model."""
+def inputs(task: Task, shape: tuple) -> list[torch.Tensor]:
+    """q, k, v and dy (B, nh, T, hs), laid out as in a model."""
     B, nh, T, hs = shape
     qkv = torch.randn(B, T, 3, nh, hs, device=task.rt.device, dtype=task.dtype)
-    q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
-    y, dy = attend(q, k, v), torch.randn_like(qkv[:, :, 0]).transpose(1, 2)
+    q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4))
+    return [q, k, v, torch.randn_like(qkv[:, :, 0]).transpose(1, 2)]
+
+
+def passes(attend: Callable, task: Task, shape: tuple) -> tuple[Callable, Callable]:
+    """Functions for the forward pass and for the backward pass alone."""
+    q, k, v, dy = inputs(task, shape)
+    y = attend(q, k, v)
     backward = partial(torch.autograd.grad, y, (q, k, v), dy, retain_graph=True)
     return partial(torch.no_grad()(attend), q, k, v), backward
 
@@ -216,36 +236,39 @@ def attention_alone(task: Task) -> Rows:
 
 def wide_head(task: Task) -> Rows:
     _, _, T, hs = task.wide
-    for name, compiled in product(
-        ("GK", "PA_relu"), (False, True) if task.rt.compile else (False,)
-    ):
-        for impl, reason in refusals(name, hs, task.dtype, task.rt.device).items():
-            if reason is None:
-                make = partial(attention, name, T, impl=impl)
-                attend = (lambda make=make: torch.compile(make())) if compiled else make
-                labels = {"attention": name, "impl": impl, "compiled": compiled}
-                yield labels, partial(attention_speed, attend, task, task.wide)
+
+    def make(name: str, impl: str, compiled: bool) -> Callable:
+        attend = attention(name, T, impl=impl)
+        if impl == "triton":  # not by its name, which a CPU refuses
+            kernels = choice.triton_module(hs).attention(name, float(T))
+            attend = lambda q, k, v: kernels(q, k, v, 0.0, None)
+        return torch.compile(attend) if compiled else attend
+
+    for name, impl in product(("GK", "PA_relu"), ("triton", "reference", "blockwise")):
+        for compiled in (False, True) if task.rt.compile else (False,):
+            labels = {"attention": name, "impl": impl, "compiled": compiled}
+            measure = partial(attention_speed, partial(make, name, impl, compiled), task, task.wide)
+            yield labels, measure
 
 
-CANDIDATES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg
-    "forward": [(128, 64, 8, 3, 128), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3),
-                (128, 32, 8, 4), (128, 64, 8, 2)],
-    "dq": [(64, 64, 4, 2, 168), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3),
-           (128, 64, 8, 2)],
-    "dkv": [(64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 3),
-            (32, 64, 8, 2)],
-}  # fmt: skip
+# Rows or columns of a program itself and of its loop, num_warps, num_stages, maxnreg
+CANDIDATES = [
+    (128, 64, 8, 3, None), (128, 64, 8, 3, 128), (128, 64, 8, 2, None), (128, 32, 8, 3, None),
+    (64, 64, 4, 3, None), (64, 64, 4, 2, 168), (64, 32, 4, 3, None),
+]  # fmt: skip
 
 
 def block_sizes(task: Task) -> Rows:
-    """GK's forward, or the whole backward, with other blocks for one of its kernels."""
+    """GK's forward, or the whole backward, with other blocks for one of its kernels. Those that
+    serialise or spill are left out: all are compiled first, side by side."""
     from kernels import triton_kernels as kernels
+    from kernels import tuning
 
     table = kernels.BLOCKS_FLOAT32 if task.dtype == torch.float32 else kernels.BLOCKS
     attend = partial(kernels.triton_attention, name="GK", divisor=1.0)
 
     def measure(key: tuple, blocks: tuple, shape: tuple) -> dict:
-        shipped, table[key] = table[key], kernels.Blocks(*blocks)
+        shipped, table[key] = table[key], blocks
         try:
             forward, backward = passes(attend, task, shape)
             return {"ms": 1000 * task.seconds(forward if key[0] == "forward" else backward)}
@@ -253,12 +276,17 @@ def block_sizes(task: Task) -> Rows:
             table[key] = shipped
 
     T = task.lengths[len(task.lengths) // 2]
-    for kernel, hs in product(CANDIDATES, task.head_sizes):
-        key = kernel, max(64, hs)
-        shipped = tuple(table[key])
-        for blocks in (shipped, *CANDIDATES[kernel][: task.cases]):
-            labels = {"kernel": kernel, "hs": hs, "T": T, "shipped": blocks == shipped}
-            yield labels | {"blocks": str(blocks)}, partial(measure, key, blocks, task.shape(hs, T))
+    for kernel, hs in product(("forward", "dq", "dkv"), task.head_sizes):
+        key, shape = (kernel, max(64, hs)), task.shape(hs, T)
+        candidates = [kernels.Blocks(*blocks) for blocks in CANDIDATES[: task.cases]]
+        if kernel == "dkv":  # whose programs have columns
+            candidates = [b._replace(BLOCK_M=b.BLOCK_N, BLOCK_N=b.BLOCK_M) for b in candidates]
+        if task.rt.device_type == "cuda":
+            qkv = inputs(task, shape)[:3]
+            candidates = tuning.worth_timing(kernel, candidates, *qkv, "GK")
+        for blocks in (shipped := table[key], *candidates):
+            labels = {"kernel": kernel, "hs": hs, "T": T, "shipped": blocks is shipped}
+            yield labels | {"blocks": str(tuple(blocks))}, partial(measure, key, blocks, shape)
 
 
 # ---- The model --------------------------------------------------------------
@@ -380,8 +408,8 @@ def run_stage(name: str, out: Path, rehearse: bool) -> None:
             message = (str(error).strip().splitlines() or [repr(error)])[0]
             rows.append(labels | {"error": message[:300]})
         record(out, name, rows=rows)
-        gc.collect()
         if not rehearse:
+            gc.collect()
             torch.compiler.reset()  # else a function is compiled a few times only
             torch.cuda.empty_cache()
 
