@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import ROOT, Failed, subprocess_run
+from conftest import ROOT, Failed
 
 import gpu_check
 
@@ -100,7 +102,8 @@ def test_all_stages_take_25_minutes_at_most_and_each_8():
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_through_the_interpreter(tmp_path):
     args = ["--rehearse", f"--out={tmp_path / 'out.json'}"]
-    done = subprocess_run(ROOT / "gpu_check.py", *args, cwd=tmp_path)
+    command = [sys.executable, ROOT / "gpu_check.py", *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4 and later")
     assert done.returncode == 0, done.stdout + done.stderr
