@@ -37,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,7 +115,7 @@ Rows = Iterator[tuple[dict, Callable[[], dict]]]
 
 def machine(task: Task) -> Rows:
     for name in ("torch", "triton", "numpy"):
-        yield {"what": name}, lambda name=name: {"value": version(name)}
+        yield {"what": name}, lambda name=name: {"value": import_module(name).__version__}
     device = f"{task.rt.device_name()}, {task.rt.precision}, Python {platform.python_version()}"
     yield {"what": "device"}, lambda: {"value": device}
     rate = lambda work, run: {"value": work / task.seconds(run)}
@@ -164,7 +164,7 @@ def test(name: str) -> dict:
 
 
 def tests(task: Task) -> Rows:
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if ".gpu" in p.read_text()]
+    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "gpu" in p.read_text()]
     names = [line for line in pytest("--collect-only", *files) if "::" in line]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {pool.submit(test, name): name for name in names[: task.cases]}

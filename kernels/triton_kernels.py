@@ -258,9 +258,9 @@ def rounded(tile, dtype: tl.constexpr):
 
 @triton.jit
 def row_factors(S, rows, T, rate, origin):
-    """2^(-rate (i - origin)) / s_i for these rows i of a head; S holds its row sums."""
-    s = tl.load(S + rows, rows < T, other=1.0)
-    return tl.exp2(rate * (origin - rows).to(tl.float32)) / s
+    """2^(-rate (i - origin)) / s_i for these rows i of a head; S holds its 1 / s_i."""
+    s = tl.load(S + rows, rows < T, other=0.0)
+    return tl.exp2(rate * (origin - rows).to(tl.float32)) * s
 
 
 @triton.jit
@@ -277,7 +277,7 @@ def reach_in_blocks(rate, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_decay(Rates, S, norm_start, T, nh):
-    """log2(e) / r of a head, and where its row sums begin."""
+    """log2(e) / r of a head, and where its 1 / s_i begin."""
     h = norm_start // T % nh
     return tl.load(Rates + h), S + h * T
 
@@ -496,12 +496,7 @@ def dkv_kernel(
     store_rows(dV, first_col, T, nh * HS, dv * (1.0 / divisor), BLOCK_N, HS, BLOCK_D)
 
 
-KERNELS = {
-    "forward": forward_kernel,
-    "dq": dq_kernel,
-    "dq_learned": dq_kernel,  # with what the gradient of a decay needs
-    "dkv": dkv_kernel,
-}
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
 # ---- Block sizes ------------------------------------------------------------
 
@@ -528,24 +523,28 @@ class Blocks(NamedTuple):
 #   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
 # - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
-    ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),  # 128 registers, 24 B, 81 KB, 2 programs
+    ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
-    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 24 B, 65 KB, 3
+    ("dq", 64): Blocks(64, 64, 4, 2, maxnreg=168),
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
-    ("dq_learned", 64): Blocks(64, 64, 4, 3),
-    ("dq_learned", 128): Blocks(64, 64, 8, 3),
-    ("dq_learned", 256): Blocks(64, 32, 8, 2),
-    ("dkv", 64): Blocks(64, 64, 4, 2),  # 255, 8 B, 49 KB, 2
+    ("dkv", 64): Blocks(64, 64, 4, 3),
     ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
     ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
+}
+# With a decay, whose factors and, if its reach is learned, two more sums take registers
+BLOCKS_DECAY = BLOCKS | {
+    ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),
+    ("dq", 64): Blocks(64, 64, 4, 3),
+    ("dq", 128): Blocks(64, 64, 8, 3),
+    ("dkv", 64): Blocks(32, 64, 4, 3),
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
     **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
     ("forward", 256): Blocks(32, 16, 8, 2),
-    **{(k, hs): Blocks(32, 16, 8, 2) for k in ("dq", "dq_learned") for hs in (128, 256)},
+    **{("dq", hs): Blocks(32, 16, 8, 2) for hs in (128, 256)},
     **{("dkv", hs): Blocks(16, 32, 8, 2) for hs in (128, 256)},
 }
 NORM_ROWS = 64
@@ -567,9 +566,10 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def blocks_for(kernel: str, q: Tensor) -> Blocks:
+def blocks_for(kernel: str, q: Tensor, decays: bool = False) -> Blocks:
     """The block sizes of a kernel for these inputs."""
-    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
+    table = BLOCKS_DECAY if decays else BLOCKS
+    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else table
     blocks = table[kernel, max(64, padded(q.size(-1)))]
     if shared_bytes(q.device) < HOPPER_SHARED_BYTES:
         blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
@@ -663,16 +663,16 @@ def _moments(q: Tensor, learned: bool) -> Tensor:
 
 
 def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What the kernels read of a decay: log2(e) / r (nh,) and s_i (nh, T), in float32."""
+    """What the kernels read of a decay: log2(e) / r (nh,) and 1 / s_i (nh, T), in float32."""
     if reach is None:
         return None, None
     sums = decay.row_sums(reach[:, None], torch.arange(q.size(2), device=reach.device))
-    return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
+    return (math.log2(math.e) / reach).float().to(q.device), (1 / sums).float().to(q.device)
 
 
 def _arguments(
     kernel: str, blocks: Blocks, tensors: tuple[Tensor, ...], name: str, divisor: float,
-    rates: Tensor | None, sums: Tensor | None,
+    rates: Tensor | None, S: Tensor | None,
 ) -> tuple[tuple, dict]:  # fmt: skip
     """What a kernel is started with: positional arguments and keywords. tensors[0] is q."""
     q = tensors[0]
@@ -683,10 +683,10 @@ def _arguments(
     own = {}
     if kernel == "dkv":
         own["RAGGED"] = T % blocks.BLOCK_M != 0
-    if KERNELS[kernel] is dq_kernel:
-        own["LEARNED"] = kernel == "dq_learned"
+    if kernel == "dq":
+        own["LEARNED"] = tensors[-1].numel() > 0
     # Without a decay its pointers are not followed
-    of_decay = tensors[-2:] if rates is None else (rates, sums)
+    of_decay = tensors[-2:] if rates is None else (rates, S)
     return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
         "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
         "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
@@ -694,16 +694,20 @@ def _arguments(
     }  # fmt: skip
 
 
-def _launch(kernel: str, tensors: tuple[Tensor, ...], *formula) -> None:
-    """Start one program of a kernel per head and block. `formula`: name, divisor, rates, sums."""
-    args, options = _arguments(kernel, blocks_for(kernel, tensors[0]), tensors, *formula)
+def _launch(
+    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    rates: Tensor | None, S: Tensor | None,
+) -> None:  # fmt: skip
+    """Start one program of a kernel per head and block."""
+    blocks = blocks_for(kernel, tensors[0], rates is not None)
+    args, options = _arguments(kernel, blocks, tensors, name, divisor, rates, S)
     KERNELS[kernel][options.pop("grid")](*args, **options)
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
-    rates: Tensor | None, sums: Tensor | None,
+    rates: Tensor | None, S: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
@@ -717,12 +721,12 @@ def _forward(
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, sums)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, S)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, rates, sums):
+def _(q, k, v, name, divisor, rates, S):
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
@@ -730,7 +734,7 @@ def _(q, k, v, name, divisor, rates, sums):
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None, learned: bool,
+    name: str, divisor: float, rates: Tensor | None, S: Tensor | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols). The last
     result, (B, nh, T, 2), is dq_kernel's for the gradient of a decay if `learned`, else empty."""
@@ -738,34 +742,33 @@ def _backward(
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     moments = _moments(q, learned)
-    of_dq = "dq_learned" if learned else "dq"
     with torch.cuda.device_of(q):
-        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
-        _launch(of_dq, (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, S)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, S)
     return dq, dk, dv, moments
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums, learned):
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
     return *(empty_heads_last(q) for _ in range(3)), _moments(q, learned)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.formula, rates, sums = inputs
-    ctx.save_for_backward(q, k, v, *output[1:], rates, sums)
+    q, k, v, *ctx.formula, rates, S = inputs
+    ctx.save_for_backward(q, k, v, *output[1:], rates, S)
 
 
 def _gradients(backward, ctx, dy, *_):
-    *tensors, rates, sums = ctx.saved_tensors
+    *tensors, rates, S = ctx.saved_tensors
     learned = ctx.needs_input_grad[-2]
-    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, sums, learned)
-    d_rates = d_sums = None
-    if learned:  # y_i = sum_j 2^(-rate (i - j)) / s_i ...
+    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, S, learned)
+    d_rates = d_S = None
+    if learned:  # y_i = sum_j 2^(-rate (i - j)) S_i ...
         P_sum, P_moment = moments.unbind(-1)
         scale = 1 / ctx.formula[1]
         d_rates = -math.log(2) * scale * P_moment.sum((0, 2))
-        d_sums = -scale * P_sum.sum(0) / sums
-    return dq, dk, dv, None, None, d_rates, d_sums
+        d_S = scale * P_sum.sum(0) / S
+    return dq, dk, dv, None, None, d_rates, d_S
 
 
 _forward.register_autograd(partial(_gradients, _backward), setup_context=_save)

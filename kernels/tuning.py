@@ -59,50 +59,52 @@ def for_hopper() -> Iterator[None]:
 
 
 def compile_kernel(
-    kernel: str, blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, name: str, decays: bool = False
-) -> triton.compiler.CompiledKernel:
+    kernel: str, blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, name: str,
+    decays: bool = False, learned: bool = False,
+) -> triton.compiler.CompiledKernel:  # fmt: skip
     """The kernel as triton_kernels.py would launch it for these inputs. What the tensors hold does
     not matter, but their shapes, strides and dtype do, as Triton compiles for each anew."""
     output = lambda: empty_heads_last(q)
     norms = triton_kernels._norms(q, name), triton_kernels._norms(k, name)
     own = {
         "forward": lambda: (output(), *norms),
-        "dq": lambda: (output(), output(), *norms, triton_kernels._moments(q, False)),
-        "dq_learned": lambda: (output(), output(), *norms, triton_kernels._moments(q, True)),
+        "dq": lambda: (output(), output(), *norms, triton_kernels._moments(q, learned)),
         "dkv": lambda: (output(), output(), output(), *norms),
     }[kernel]()
-    rates = sums = None
-    if decays or kernel == "dq_learned":
-        rates, sums = triton_kernels._decay(torch.ones(q.size(1), device=q.device), q)
-    args, options = triton_kernels._arguments(
-        kernel, blocks, (q, k, v, *own), name, 1.0, rates, sums
-    )
+    reach = torch.ones(q.size(1), device=q.device) if decays else None
+    decay = triton_kernels._decay(reach, q)
+    args, options = triton_kernels._arguments(kernel, blocks, (q, k, v, *own), name, 1.0, *decay)
     with torch.cuda.device_of(q):
         return triton_kernels.KERNELS[kernel].warmup(*args, **options)
 
 
 def usage(compiled: triton.compiler.CompiledKernel) -> Usage:
-    """What the assembler says when it turns the kernel's PTX into machine code once more."""
+    """What the machine code takes by cuobjdump, and what the assembler remarks when it makes it
+    from the kernel's PTX once more; Triton brings both along."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [get_ptxas(compiled.metadata.target.arch).path, "--verbose", source]
-        command += [
-            "--gpu-name",
-            re.search(r"\.target (\w+)", ptx)[1],
-            "-o",
-            source.with_suffix(""),
-        ]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        cubin.write_bytes(compiled.asm["cubin"])
+        assembler = get_ptxas(compiled.metadata.target.arch).path
+        target = re.search(r"\.target (\w+)", ptx)[1]
+        remarks = _output(
+            assembler, "-v", "--gpu-name", target, source, "-o", source.with_suffix("")
+        )
+        code = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
     return Usage(
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        stack=int(re.search(r"(\d+) bytes stack frame", log)[1]),
+        registers=int(re.search(r"REG:(\d+)", code)[1]),
+        stack=int(re.search(r"STACK:(\d+)", code)[1]),
         shared=compiled.metadata.shared,
-        serialised="wgmma.mma_async instructions are serialized" in log,
+        serialised="wgmma.mma_async instructions are serialized" in remarks,
     )
+
+
+def _output(*command) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 # ---- Tuning -----------------------------------------------------------------
