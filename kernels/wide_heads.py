@@ -210,12 +210,18 @@ def product_kernel(
     where the second sum is the distance's; TRANSPOSED, of the same with M_ji and j >= i. Y is a
     contiguous (B, T, nh, hs), Own has the strides of X, Sums are from gradients_kernel.
 
+    Masks in the loop would let ptxas serialise its products. Past T, where M is zero, the last row
+    of X serves as well; the last block of columns begins early enough to be full, and what overlaps
+    is written twice, with the same bits.
+
     Programs are numbered in groups of heads that fit in the L2 cache together. In a group, the
     longest sums come first, and those that read the same rows of M are neighbours."""
     blocks, parts = tl.cdiv(T, BLOCK), tl.cdiv(HS, BLOCK_D)
     length = blocks * BLOCK
     pid = tl.program_id(0)
     dim, pid = pid % parts * BLOCK_D, pid // parts
+    if HS > BLOCK_D:
+        dim = tl.minimum(dim, HS - BLOCK_D)
     group_start = pid // (group * blocks) * group
     group_heads = tl.minimum(group, heads - group_start)
     pid = pid % (group * blocks)
@@ -234,15 +240,21 @@ def product_kernel(
 
     X += head_start(head, nh, stride_b, stride_h)
     M += tl.cast(place, tl.int64) * length * length
-    row, inner = block * BLOCK, tl.arange(0, BLOCK_K)[None, :]
-    rows = tl.arange(0, BLOCK)
+    row, rows, inner = block * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    dims = dim + tl.arange(0, BLOCK_D)[None, :]
     y = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for j in tl.range(begin * BLOCK, end * BLOCK, BLOCK_K):
         if TRANSPOSED:
-            m = tl.load(M + tl.cast(j, tl.int64) * length + row + inner * length + rows[:, None])
+            tile = M + tl.cast(j, tl.int64) * length + row
+            m = tl.load(tile + inner[None, :] * length + rows[:, None])
         else:
-            m = tl.load(M + tl.cast(row, tl.int64) * length + j + rows[:, None] * length + inner)
-        x = load_block(X, j, dim, T, stride_t, BLOCK_K, BLOCK_D, HS, RAGGED)
+            tile = M + tl.cast(row, tl.int64) * length + j
+            m = tl.load(tile + rows[:, None] * length + inner[None, :])
+        at = tl.minimum(j + inner, T - 1).to(tl.int64)[:, None] * stride_t
+        if HS >= BLOCK_D:
+            x = tl.load(X + at + dims)
+        else:
+            x = tl.load(X + at + dims, dims < HS, other=0.0)
         y = tl.dot(m, x, y, input_precision="ieee")
     if DISTANCE:
         Sums += tl.cast(place, tl.int64) * blocks * length + row
@@ -253,7 +265,7 @@ def product_kernel(
         own = load_block(Own, row, dim, T, stride_t, BLOCK, BLOCK_D, HS, RAGGED)
         y -= total[:, None] * own.to(tl.float32)
 
-    rows, dims = rows[:, None], dim + tl.arange(0, BLOCK_D)[None, :]
+    rows = rows[:, None]
     Y += head_start(head, nh, tl.cast(T, tl.int64) * nh * HS, HS) + tl.cast(row, tl.int64) * nh * HS
     inside = (row + rows < T) & (dims < HS)
     tl.store(Y + rows * nh * HS + dims, (y * scale).to(Y.dtype.element_ty), inside)
