@@ -151,23 +151,25 @@ def compile(task: Task) -> Rows:
             yield dict(zip(keys, jobs[job], strict=True)), job.result
 
 
-def pytest(*args: object) -> list[str]:
+def pytest(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test(name: str) -> dict:
-    lines = pytest(name)
-    if "1 passed" in lines[-1] or "1 skipped" in lines[-1]:
-        return {"outcome": lines[-1]}
-    raise RuntimeError(next((line for line in lines if line.startswith("E  ")), lines[-1]))
+    done = pytest(name)
+    lines = done.stdout.splitlines() + done.stderr.splitlines()
+    if done.returncode:
+        raise RuntimeError(next((line for line in lines if line.startswith("E  ")), lines[-1]))
+    return {"outcome": "skipped" if "SKIPPED" in done.stdout else "passed"}
 
 
 def tests(task: Task) -> Rows:
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "gpu" in p.read_text()]
-    names = [line for line in pytest("--collect-only", *files) if "::" in line]
+    lines = pytest("--collect-only", *files).stdout.splitlines()
+    names = [line for line in lines if "::" in line][: task.cases]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {pool.submit(test, name): name for name in names[: task.cases]}
+        jobs = {pool.submit(test, name): name for name in names}
         for job in as_completed(jobs):
             yield {"test": jobs[job]}, job.result
 
