@@ -165,9 +165,12 @@ def test(name: str) -> dict:
 
 
 def tests(task: Task) -> Rows:
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "gpu" in p.read_text()]
-    lines = pytest("--collect-only", *files).stdout.splitlines()
-    names = [line for line in lines if "::" in line][: task.cases]
+    is_for_gpus = lambda text: "mark.gpu" in text or "@on_gpu" in text
+    files = [p for p in (ROOT / "tests").glob("test_*.py") if is_for_gpus(p.read_text())]
+    collected = pytest("--collect-only", *files)
+    names = [line for line in collected.stdout.splitlines() if "::" in line][: task.cases]
+    if not names:
+        raise RuntimeError(f"no test was found: {(collected.stdout + collected.stderr)[-200:]}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {pool.submit(test, name): name for name in names}
         for job in as_completed(jobs):
