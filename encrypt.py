@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import configurator
 from configurator import UserError
@@ -36,6 +35,7 @@ from engine.files import text_table
 from engine.loading import encode_prompt, load_trained
 from engine.plan import Shape, plan
 from engine.polynomial import fold
+from engine.progress import tqdm
 from engine.runtime import resident
 from train import Config as TrainConfig
 

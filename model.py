@@ -157,19 +157,20 @@ def softmax_attention(
 
 
 def refusals(
-    attn_type: str, head_size: int, dtype: torch.dtype, device: Device, dropout: float = 0.0
+    attn_type: str, head_size: int, dtype: torch.dtype, device: Device, dropout=0.0, small=True
 ) -> dict[str, str | None]:
     """For each implementation, the fastest first: one line on why it can't run, None if it can."""
     variant = parse_attn_type(attn_type)
-    return choice.refusals(attn_type, variant, head_size, dtype, device, dropout)
+    return choice.refusals(attn_type, variant, head_size, dtype, device, dropout, small)
 
 
 def choose(
-    impl: str, attn_type: str, head_size: int, dtype: torch.dtype, device: Device, dropout=0.0
-) -> str:
+    impl: str, attn_type: str, head_size: int, dtype: torch.dtype, device: Device, dropout=0.0,
+    small=True,
+) -> str:  # fmt: skip
     """The implementation to run: `impl`, or for 'auto' the fastest that can run. Raises ValueError
     if `impl` can't."""
-    return choice.pick(impl, refusals(attn_type, head_size, dtype, device, dropout))
+    return choice.pick(impl, refusals(attn_type, head_size, dtype, device, dropout, small))
 
 
 # As torch.compiler.assume_constant_result does, but without importing the compiler for a second
@@ -204,14 +205,13 @@ def attention(
             return softmax_attention(q, k, v, dropout, visible, reach)
         chosen = "reference"
         if visible is None and q.size(2) == k.size(2):  # else generation, with a key-value cache
-            chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout)
+            small = choice.is_small(*q.shape[:3])
+            chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout, small)
         if chosen == "reference":
             return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach)
         fast = by_blocks
         if chosen == "triton":
-            from kernels import triton_kernels
-
-            fast = triton_kernels.attention(attn_type, divisor)
+            fast = choice.triton_module(q.size(-1)).attention(attn_type, divisor)
             if v.size(-1) > q.size(-1):  # they take v as wide as q: the row sums in a second pass
                 parts = v[..., :-1], v[..., -1:].expand_as(q)
                 y, s = (fast(q, k, part, dropout, reach) for part in parts)

@@ -28,7 +28,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import configurator
 from configurator import UserError
@@ -37,6 +36,7 @@ from engine import runtime
 from engine.files import whole_file
 from engine.generation import stream
 from engine.loading import check_utf8, encode_prompt, load
+from engine.progress import tqdm
 from model import GPT
 
 RULER = "\n---------------"  # between texts
@@ -254,7 +254,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     output = Output(config, prompts, tokenizer)
     started = time.perf_counter()
-    with output.interrupt, suppress(KeyboardInterrupt):
+    with output.interrupt, suppress(KeyboardInterrupt), runtime.full_precision():
         options = {key: getattr(config, key) for key in DRAWING.split()}
         options |= {"on_tokens": output.add_tokens, "on_texts": output.add_texts}
         generate(model, tokenizer, prompts, compile=rt.compile, **options)

@@ -175,17 +175,30 @@ def train_step(
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     if rt.shard:  # ranks have clipped their parts of the gradient
         norm = norm.full_tensor()
-    state = torch.stack([total / len(micro_steps), norm.to(total.device)])
-    loss, norm = (value / rt.world_size for value in rt.sum(state))
+    totals = rt.total(torch.stack([total / len(micro_steps), norm.to(total.device)]))
+    numbers = rt.read(totals)  # as soon as the device has them
+    on_device = decides_on_device(optimizer, rt)
+    if on_device:  # the GPU does not wait until the host has seen the loss
+        optimizer.found_inf = 1 - totals.isfinite().all().float()
+        optimizer.step()
+    loss, norm = (value / rt.world_size for value in numbers())
     # With float16 a gradient may overflow: the scaler skips the step and lowers its scale
     overflow = scaler.is_enabled() and scaler.get_scale() > 1
     updated = math.isfinite(loss) and (math.isfinite(norm) or overflow)
-    if updated:
+    if updated and not on_device:
         scaler.step(optimizer)
     layers.track(model, rt, updated)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, updated
+
+
+def decides_on_device(optimizer, rt: runtime.Runtime) -> bool:
+    """Whether the optimizer itself leaves out a step that is not finite, as its found_inf tells it:
+    fused AdamW can, on a GPU. torch's Muon can't, sharded weights don't mix with that flag, and for
+    float16 the scaler sets it."""
+    fused = type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    return fused and rt.device_type == "cuda" and rt.dtype != "float16" and not rt.shard
 
 
 @torch.no_grad()
@@ -221,7 +234,7 @@ def train(given: dict, rt: runtime.Runtime, stack: ExitStack) -> int:
     runtime.limit_threads(run.model.get_num_params(), config.batch_size * config.block_size)
     rt.print(
         f"{config.attn_type} ({start.choose_implementation(config, rt)}) on {rt.device}, "
-        f"{rt.dtype}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
+        f"{rt.precision}, compile {'on' if rt.compile else 'off'}, {rt.world_size} rank(s); "
         f"{run.model.get_num_params():,} parameters, {start.tokens_per_step(config):,} tokens per "
         f"step, data set {data.name}"
     )
@@ -265,7 +278,8 @@ def loop(
         log.say(f"{step} steps are done already; pass a larger --max_iters{keep} to go on")
     row, seconds, logged, skipped = {}, 0.0, step, 0  # since the row of step `logged`
     while True:
-        stop = interrupt.poll(rt)  # the exit code that a signal to any rank asks for, or 0
+        # The exit code that a signal to any rank asks for, or 0
+        stop = interrupt.poll(rt, wait=False)
         if trainee.matching and step >= n_matching:
             trainee.train_whole_model()
             optimizer = new_optimizer(model, config, rt)

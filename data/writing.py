@@ -209,7 +209,7 @@ class TokenFile:
 
 def progress_bar(total: int, unit: str):
     """A progress bar where stderr is a terminal, else nothing; `total` is 0 if unknown."""
-    from tqdm import tqdm
+    from engine.progress import tqdm  # imports tqdm, where it is installed
 
     return tqdm(total=total or None, unit=unit, unit_scale=True, disable=None)
 

@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine import ranges
 from engine.files import read_rows, whole_file
+from engine.progress import tqdm
 from engine.runtime import say
 from engine.start import tokens_per_step
 

@@ -48,6 +48,17 @@ class Runtime:
         return torch.device(self.device).type
 
     @property
+    def tf32(self) -> bool:
+        """Whether matrices in float32 are multiplied in TF32, with 10 bits after the binary point:
+        on a GPU, where half precision does for the rest. Who asks for float32 gets float32."""
+        return self.device_type == "cuda" and self.dtype != "float32"
+
+    @property
+    def precision(self) -> str:
+        """The dtype as the first lines of a run tell it."""
+        return f"{self.dtype} (float32 products: TF32)" if self.tf32 else self.dtype
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
@@ -97,13 +108,27 @@ class Runtime:
         """This rank's part of n micro-steps, a contiguous range."""
         return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
-    def sum(self, values: torch.Tensor | list[float]) -> list[float]:
-        """Numbers (a vector), each summed over all ranks. Waits for the device."""
-        totals = torch.as_tensor(values).detach().cpu().double()
+    def total(self, values: torch.Tensor | list[float]) -> torch.Tensor:
+        """Numbers (a vector), each summed over all ranks, in float64; they stay on a GPU."""
+        totals = torch.as_tensor(values).detach()
+        totals = (totals if totals.is_cuda else totals.cpu()).double()
         if self.world_size > 1:
             totals = totals.to(self.device)
             dist.all_reduce(totals)
-        return totals.tolist()
+        return totals
+
+    def sum(self, values: torch.Tensor | list[float]) -> list[float]:
+        """The same, on the host. Waits for the device."""
+        return self.total(values).tolist()
+
+    def read(self, vector: torch.Tensor) -> Callable[[], list[float]]:
+        """A function that returns the vector's numbers of now. It waits for the device as far as it
+        has been given work until now; what it is given later can go on meanwhile."""
+        if not vector.is_cuda:
+            return vector.tolist
+        copy, done = vector.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+        return lambda: done.synchronize() or copy.tolist()
 
     def from_main(
         self, make: Callable[[], object], to_others: Callable = lambda result: result
@@ -184,6 +209,17 @@ def lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply matrices in float32 without TF32, for results that are to be exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def say(line: str) -> None:
     """Print to stdout. A disk that is full, or a pipe that is closed, must not end a run."""
     with suppress(OSError):
@@ -199,6 +235,7 @@ class Interrupt:
 
     def __init__(self):
         self.signal, self.time = 0, 0.0  # number and time of the first signal
+        self.noted = lambda: [0.0, 0.0]  # what the ranks said at the last poll that did not wait
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -208,10 +245,15 @@ class Interrupt:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def poll(self, rt: Runtime) -> int:
-        """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0."""
+    def poll(self, rt: Runtime, wait: bool = True) -> int:
+        """The exit code that a signal to any rank asks for: 143 (SIGTERM), 130 (SIGINT); or 0.
+        Several GPUs need not be waited for: without `wait` they say what they had noted at the call
+        before."""
         flags = [float(self.signal == number) for number in (signal.SIGTERM, signal.SIGINT)]
-        terminate, interrupt = rt.sum(flags)
+        noted = rt.read(rt.total(flags))
+        if not wait and rt.world_size > 1 and rt.device_type == "cuda":
+            noted, self.noted = self.noted, noted
+        terminate, interrupt = noted()
         return 143 if terminate else 130 if interrupt else 0
 
     def _note(self, number, frame):
@@ -318,7 +360,6 @@ def start(
         raise UserError(problem, this_rank=True) from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = dtype or ("bfloat16" if has_bf16 else "float16")
         compile = True if compile is None else compile
@@ -337,4 +378,6 @@ def start(
     if launch == "none":
         launch = f"child of {os.getppid()}"  # torchrun's own process
     ranks = rank, world_size, local_rank, number("TORCHELASTIC_RESTART_COUNT")
-    return Runtime(device, dtype or "float32", bool(compile), *ranks, launch, shard)
+    rt = Runtime(device, dtype or "float32", bool(compile), *ranks, launch, shard)
+    torch.set_float32_matmul_precision("high" if rt.tf32 else "highest")
+    return rt

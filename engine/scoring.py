@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from configurator import UserError
 from data.dataset import Dataset
 from data.meta import data_folder, held_splits
 from data.tokenizer import END_OF_TEXT, from_meta
 from engine.files import text_table, whole_file
-from engine.runtime import Runtime
+from engine.progress import tqdm
+from engine.runtime import Runtime, full_precision
 from model import GPT
 
 MAX_LOGITS = 2**24  # computed at a time: (B T, V) of a large vocabulary would need gigabytes
@@ -174,6 +174,7 @@ def passages(tokens: np.ndarray, tokenizer, T: int) -> tuple[list[Window], list[
 
 
 @torch.no_grad()
+@full_precision()
 def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[float]]:
     """Four sums for each batch of windows: -ln p, scored tokens, last words guessed, and the last
     words' -ln p. Ranks share the batches; every rank gets all sums, whatever their number."""
@@ -207,7 +208,8 @@ def score(model: GPT, task: Task, batch_size: int, rt: Runtime) -> list[list[flo
 def token_scores(model: GPT, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-ln p of each target, and whether it is the likeliest token: (B, T) x 2 -> (B, T) x 2.
 
-    Logits are computed in float32: rounded to bfloat16, GPT-2's would be off by a quarter."""
+    Logits are computed in float32: rounded to bfloat16, GPT-2's would be off by a quarter. With
+    `full_precision` float32 is not TF32 either."""
     hidden = model.hidden(x, torch.arange(x.size(1), device=x.device)).flatten(0, 1)  # (B T, C)
     nll, hit, rows = [], [], max(1, MAX_LOGITS // model.config.vocab_size)
     with torch.autocast(x.device.type, enabled=False):

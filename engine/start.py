@@ -30,6 +30,7 @@ from engine import checkpoint as ckpt
 from engine import layers, sharding
 from engine.run_folder import holds_checkpoint, run_folder, saved_by_this_launch
 from engine.runtime import Runtime
+from kernels.choice import is_small
 from model import GPT, GPTConfig, choose
 
 # What resume takes from the checkpoint, and finetune and GPT-2 from the weights they start with
@@ -284,9 +285,10 @@ def model_config(config) -> GPTConfig:
 
 def choose_implementation(config, rt: Runtime) -> str:
     """The implementation of attention that will run. Raises UserError if attn_impl can't."""
-    shape = config.n_embd // config.n_head, getattr(torch, rt.dtype), rt.device
+    inputs = config.n_embd // config.n_head, getattr(torch, rt.dtype), rt.device, config.dropout
+    small = is_small(config.batch_size, config.n_head, config.block_size)
     try:
-        return choose(config.attn_impl, config.attn_type, *shape, dropout=config.dropout)
+        return choose(config.attn_impl, config.attn_type, *inputs, small)
     except ValueError as error:
         raise UserError(error) from error
 

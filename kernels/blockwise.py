@@ -182,9 +182,8 @@ def add_product_(acc: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: fl
     """acc = beta acc + alpha a b, with beta 0 or 1; a and b may be half where acc is float32."""
     if a.dtype == acc.dtype:
         acc.baddbmm_(a, b, alpha=alpha, beta=beta)
-    else:
-        acc = acc if beta else acc.zero_()
-        acc.add_(torch.bmm(a, b, out_dtype=acc.dtype), alpha=alpha)
+    else:  # CUDA only; not addmm, whose accumulator must be half too
+        torch.baddbmm(acc, a, b, alpha=alpha, beta=beta, out_dtype=acc.dtype, out=acc)
 
 
 def multiply_(x: Tensor, masks: list[Tensor]) -> None:

@@ -12,20 +12,54 @@ Forward computes the gradients too, while it has the chunk. As the loss is the l
 model computes, backward only multiplies them by a number.
 """
 
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.blockwise import add_product_
 
-CHUNK = 2**24  # logits at once: 64 MiB in float32
+SMALL_CHUNK = 2**24  # logits at once: 64 MiB in float32
+# Each chunk reads and writes dW once, 0.3 GB for GPT-2, where its logits take 8 bytes each
+CUDA_CHUNK = 2**28
+BYTES_PER_LOGIT = 12  # of all logits at once: in half precision and in float32, and the gradients
 
 
 def is_better(n_logits: int, device: torch.device) -> bool:
     """Whether chunks are better than all logits at once. On a CPU, where fresh memory is slow, they
     are faster from about 2^22 logits on (1.7 times at 2048 x 50304). On a GPU, where torch.compile
-    fuses the plain loss, they only save memory, which matters from 2^30 on (not measured)."""
-    return n_logits >= (2**22 if device.type == "cpu" else 2**30)
+    fuses the plain loss, they only save memory: they are for logits that would take more than half
+    of the memory that was free at the first call."""
+    return n_logits >= fewest_in_chunks(device)
+
+
+def fewest_in_chunks(device: torch.device) -> int:
+    """The number of logits from which on chunks are better."""
+    if device.type == "cuda":
+        return free_bytes(device) // (2 * BYTES_PER_LOGIT)
+    return 2**22 if device.type == "cpu" else 2**30
+
+
+fewest_in_chunks._dynamo_marked_constant = True  # see model.choose
+
+
+@cache
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process could take at the first call. Later there is less, but a
+    run must not change its mind: the two losses round differently."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def rows_at_once(N: int, V: int, device_type: str, fewest: int) -> int:
+    """How many of N positions a chunk has. On a GPU chunks are of nearly equal size, and none has
+    more than half of the number of logits from which on there are chunks, `fewest`."""
+    if device_type != "cuda":
+        return max(1, SMALL_CHUNK // V)
+    largest = max(V, min(CUDA_CHUNK, fewest // 2))
+    return math.ceil(N / math.ceil(N * V / largest))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -52,7 +86,7 @@ def _linear_cross_entropy(
     total = x.new_zeros((), dtype=wide)
     counts = targets != -1
     n = counts.sum()
-    rows = max(1, CHUNK // len(weight))
+    rows = rows_at_once(len(x), len(weight), x.device.type, fewest_in_chunks(x.device))
     with torch.autocast(x.device.type, enabled=False):
         W = weight.to(narrow)
         for i in range(0, len(x), rows):

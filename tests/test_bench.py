@@ -2,9 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, Failed, subprocess_run
+
+import bench
 
 SMALL = [*TINY, "--n_layer=1", "--vocab_size=11", "--steps=1", "--warmup=0"]
 
@@ -57,6 +60,43 @@ def test_what_can_not_be_measured_is_one_line(run, arg, message):
 def test_the_training_step_is_profiled(run, tmp_path):
     out = run("bench", *SMALL, "--profile", "--out_dir=prof")
     assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000
+
+
+class FakeGPU:
+    """Its queue and the host's clock, in seconds: a call costs `host` there and `work` here."""
+
+    def __init__(self, host, work):
+        self.host, self.work, self.now, self.free_at = host, work, 0.0, 0.0
+
+    def _sleep(self, cycles):
+        self.free_at = max(self.now, self.free_at) + cycles / 2e9
+
+    def call(self):
+        self.now += self.host
+        self.free_at = max(self.now, self.free_at) + self.work
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "time", max(self.now, self.free_at))
+        event.elapsed_time = lambda end: 1000 * (end.time - event.time)
+        return event
+
+
+@pytest.mark.parametrize("work", [2e-5, 1e-3])
+def test_on_a_gpu_the_time_of_python_between_calls_does_not_count(work):
+    gpu = FakeGPU(host=2e-4, work=work)
+    assert bench.seconds_in_a_row(gpu.call, 50, gpu) == pytest.approx(work)
+
+
+def test_on_a_gpu_as_many_calls_are_timed_as_fit_into_a_turn(monkeypatch):
+    calls, timed = [], []
+    rt = SimpleNamespace(device_type="cuda", world_size=1, synchronize=lambda: None)
+    monkeypatch.setattr(bench, "seconds_in_a_row", lambda run, n: timed.append(n) or 0.5)
+    assert bench.seconds_per_call(lambda: calls.append(1), rt) == 0.5
+    assert timed == [50] and len(calls) == 1
+    rt.world_size = 2
+    assert bench.seconds_per_call(lambda: calls.append(1), rt) != 0.5
+    assert len(timed) == 1 and len(calls) == 2
 
 
 @pytest.mark.slow

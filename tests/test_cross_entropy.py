@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels import cross_entropy
+from kernels.blockwise import add_product_
 from model import GPT, GPTConfig
 
 
@@ -30,7 +31,7 @@ def inputs(dtype=torch.float64, N=50, C=8, V=37):
 @pytest.mark.parametrize("chunk", [1, 37 * 7, 37 * 50, 2**24])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_it_is_cross_entropy_whatever_the_chunk(monkeypatch, chunk, dtype, bound):
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "SMALL_CHUNK", chunk)
     expected = value_and_gradients(plain, *inputs())
     for a, b in zip(
         value_and_gradients(cross_entropy.linear_cross_entropy, *inputs(dtype)),
@@ -38,6 +39,47 @@ def test_it_is_cross_entropy_whatever_the_chunk(monkeypatch, chunk, dtype, bound
         strict=True,
     ):
         assert a.dtype == dtype and (a - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 7, 12, 22, 32, 64, 100])
+@pytest.mark.parametrize("free_GiB", [4, 16, 80])
+def test_chunks_on_a_gpu_are_large_of_equal_size_and_fit_into_the_free_memory(
+    monkeypatch, sequences, free_GiB
+):
+    cuda, N, V = torch.device("cuda:0"), 1024 * sequences, 50304
+    monkeypatch.setattr(cross_entropy, "free_bytes", lambda device: free_GiB * 2**30)
+    few = cross_entropy.fewest_in_chunks(cuda)
+    assert cross_entropy.is_better(few, cuda) and not cross_entropy.is_better(few - 1, cuda)
+    rows = cross_entropy.rows_at_once(N, V, "cuda", few)
+    assert 8 * rows * V < 2**30 * free_GiB / 5 and rows * V <= 2**28 + V
+    chunks = range(0, N, rows)
+    assert N - chunks[-1] > rows - len(chunks)
+    if N * V >= few:
+        assert rows * V >= min(2**27, few // 4)
+    assert cross_entropy.rows_at_once(N, 2**40, "cuda", few) == 1
+
+
+def test_a_cpu_and_other_devices_need_no_question_about_memory():
+    for device, fewest in (("cpu", 2**22), ("mps", 2**30)):
+        assert cross_entropy.is_better(fewest, torch.device(device))
+        assert not cross_entropy.is_better(fewest - 1, torch.device(device))
+    assert cross_entropy.rows_at_once(12288, 50304, "cpu", 0) == 2**24 // 50304
+
+
+def test_half_precision_products_are_added_up_in_float32():
+    """torch has this operation for CUDA only; here a stand-in takes its place on the CPU."""
+
+    def stand_in(acc, a, b, out_dtype, beta=1, alpha=1, *, out):
+        assert out.dtype == out_dtype
+        return out.copy_(beta * acc + alpha * (a.float() @ b.float()))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("baddbmm.dtype_out", stand_in, "CPU")
+        acc, a, b = torch.randn(2, 3, 5), *(torch.randn(2, *s).half() for s in ((3, 4), (4, 5)))
+        for beta in (0.0, 1.0):
+            expected = beta * acc + 0.5 * (a.float() @ b.float())
+            add_product_(acc, a, b, alpha=0.5, beta=beta)
+            torch.testing.assert_close(acc, expected)
 
 
 def test_under_autocast_gradients_are_closer_than_those_of_the_plain_loss():
@@ -108,7 +150,9 @@ def test_the_model_takes_it_where_logits_are_many_and_not_wanted(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-def test_on_a_gpu_too():
+@pytest.mark.parametrize("largest", [2**28, 2**16])
+def test_on_a_gpu_too(monkeypatch, largest):
+    monkeypatch.setattr(cross_entropy, "CUDA_CHUNK", largest)
     expected = value_and_gradients(plain, *inputs(N=512, C=64, V=1000))
     x, weight, targets = (t.cuda() for t in inputs(torch.float32, N=512, C=64, V=1000))
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):

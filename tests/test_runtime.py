@@ -48,6 +48,27 @@ def test_one_process_needs_no_process_group():
         rt.from_main(lambda: (_ for _ in ()).throw(UserError("told")))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_numbers_are_read_as_they_were_while_the_gpu_goes_on():
+    rt = Runtime("cuda:0", "bfloat16", False)
+    vector = rt.total(torch.ones(3, device="cuda"))
+    numbers = rt.read(vector)
+    torch.cuda._sleep(10_000_000)
+    vector.fill_(5.0)
+    assert numbers() == [1.0, 1.0, 1.0] and rt.sum(vector) == [5.0, 5.0, 5.0]
+
+
+def test_several_gpus_say_a_signal_one_call_later_unless_they_are_waited_for(monkeypatch):
+    rt = Runtime("cuda:0", "float32", False, rank=0, world_size=2)
+    monkeypatch.setattr(Runtime, "total", lambda self, flags: torch.tensor(flags))
+    interrupt = Interrupt()
+    assert interrupt.poll(rt, wait=False) == 0
+    interrupt.signal = signal.SIGTERM
+    assert [interrupt.poll(rt, wait=False) for _ in range(2)] == [0, 143]
+    assert interrupt.poll(rt) == 143
+
+
 def test_ranks_share_what_the_main_one_has_and_its_errors(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(

@@ -52,6 +52,25 @@ def test_the_last_word_is_guessed_or_not():
     assert sum(s[1] for s in sums) == len("".join(PASSAGES)) - 3
 
 
+def test_scores_are_computed_without_tf32_even_where_training_uses_it():
+    seen = []
+
+    class Watched(GPT):
+        def hidden(self, *args):
+            seen.append(torch.get_float32_matmul_precision())
+            return super().hidden(*args)
+
+    model, rt = Watched(GPTConfig(8, 11, 1, 1, 4)), Runtime("cpu", "float32", False)
+    windows = scoring.strided(9, 8, 8)
+    task = scoring.Task("x", "val", np.arange(9), windows, 8, [0])
+    torch.set_float32_matmul_precision("high")
+    try:
+        scoring.score(model, task, 2, rt)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_last_word_of_several_tokens_is_whole():
     class Pieces:  # as BPE has them: a blank belongs to the word behind it
         pieces, eot = ["<>", "the", " cat", " s", "at", " on", " mat", "\n"], 0

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from conftest import log_rows as rows
 
 import train
 from engine import checkpoint as ckpt
+from engine import runtime
+from engine.muon import MuonAdamW
 from train import Config, learning_rate
 
 
@@ -199,10 +202,15 @@ def test_a_damaged_checkpoint_is_passed_over_set_aside_and_never_replaces_a_good
     ckpt.load(tmp_path / "run" / "previous.pt")
 
 
-def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_skipping_passes_over_so_many_bad_steps_and_no_more(
+    run_train, tmp_path, monkeypatch, on_device
+):
     """Steps 2 and 3 have an infinite gradient; the weights before and after them are the same."""
     import model
 
+    if on_device:  # AdamW's fused kernel leaves steps out on a CPU too
+        monkeypatch.setattr(train, "decides_on_device", lambda *a: True)
     calls = []
 
     def f(x):
@@ -221,6 +229,24 @@ def test_skipping_passes_over_so_many_bad_steps_and_no_more(run_train, tmp_path,
     calls.clear()
     with pytest.raises(Failed, match="step 3 was not done"):
         run_train("--out_dir=run2", *args, "--skip_nonfinite=1")
+
+
+def test_an_optimizer_that_decides_itself_gives_the_same_bits(run_train, tmp_path, monkeypatch):
+    run_train("--out_dir=host")
+    monkeypatch.setattr(train, "decides_on_device", lambda *a: True)
+    run_train("--out_dir=device")
+    assert same_training_state(tmp_path / "host", tmp_path / "device")
+
+
+def test_only_adamw_on_a_gpu_decides_itself():
+    parameters = [torch.zeros(2, 2, requires_grad=True)]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    gpu = runtime.Runtime("cuda:0", "bfloat16", True)
+    assert train.decides_on_device(optimizer, gpu)
+    others = [{"device": "cpu"}, {"dtype": "float16"}, {"shard": True}]
+    assert not any(train.decides_on_device(optimizer, replace(gpu, **o)) for o in others)
+    for other in (MuonAdamW(parameters, set(), 0.1, 0.1), torch.optim.AdamW(parameters)):
+        assert not train.decides_on_device(other, gpu)
 
 
 def test_a_run_whose_first_step_was_passed_over_can_be_resumed(run_train, tmp_path, monkeypatch):
@@ -296,18 +322,28 @@ def test_with_float16_too_bad_steps_are_passed_over(run_train, tmp_path):
     assert failed.value.code == 2
 
 
-def test_cuda_gets_an_index(monkeypatch):
-    from engine import runtime
-
+@pytest.mark.parametrize(
+    "asked, dtype, precision",
+    [
+        (None, "float16", "high"),
+        ("bfloat16", "bfloat16", "high"),
+        ("float32", "float32", "highest"),
+    ],
+)
+def test_cuda_gets_an_index_and_tf32_unless_float32_is_asked_for(
+    monkeypatch, asked, dtype, precision
+):
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda n, device: seen.append(device))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    rt = runtime.start(None, None, None)
+    rt = runtime.start(None, asked, None)
+    chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    assert seen == ["cuda:0", "cuda:0"]
-    assert (rt.device, rt.dtype, rt.compile) == ("cuda:0", "float16", True)
+    assert seen == ["cuda:0", "cuda:0"] and chosen == precision
+    assert (rt.device, rt.dtype, rt.compile) == ("cuda:0", dtype, True)
+    assert rt.precision.startswith(dtype) and ("TF32" in rt.precision) == (precision == "high")
 
 
 def test_the_learning_rate_warms_up_decays_and_stays():
