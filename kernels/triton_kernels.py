@@ -18,7 +18,6 @@ Triton form if FORMS lists its pair f, f', and blockwise.HAND_WRITTEN the formul
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from kernels.blockwise import empty_heads_last, family, hand_written
 # FORMS), which saves a multiplication per score: exp(x) = exp2(z), which the hardware has.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on a CPU
 
 
 @triton.jit
@@ -64,11 +64,25 @@ def gaussian_poly(z, n: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(u):
+    """1 / u for 2^-126 < u < 2^126, to a relative 3e-7: one instruction of the hardware and one
+    product. A division also scales u against overflow."""
+    r = tl.rsqrt(u)
+    return r * r
+
+
+@triton.jit
 def gelu(z, n):
-    """x Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2."""
-    Phi = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-    phi = 0.3989422804014327 * tl.exp2(z * z * (-0.5 * LOG2_E))
-    return z * Phi, Phi + z * phi
+    """x Phi(x) with the normal distribution Phi. Its tail beyond |x| is exp(-x^2 / 2) t P(t) with
+    t = 1 / (1 + 0.3 |x|), and P was fitted on |x| < 13 (Remez; exact to a relative 1.2e-7), where
+    exp(-x^2 / 2) ends in float32. f' = Phi + x phi has the same exponential."""
+    e = tl.exp2(z * z * (-0.5 * LOG2_E))
+    t = reciprocal(1.0 + 0.3 * tl.abs(z))
+    P = 0.210118164 + t * (-0.159378166 + t * 0.0361948183)
+    P = 0.0993471474 + t * (0.130416365 + t * (-0.0571671755 + t * P))
+    tail = e * t * (0.119623263 + t * (0.120845527 + t * P))
+    Phi = tl.where(z < 0, tail, 1.0 - tail)
+    return z * Phi, Phi + z * (0.3989422804014327 * e)
 
 
 @triton.jit
@@ -81,7 +95,7 @@ def sigmoid(z, n):
     """1 / (1 + exp(-x)), z = x log2(e). By t = exp(-|x|), which can't overflow; f' = t / (1 + t)^2,
     where f (1 - f) would cancel."""
     t = tl.exp2(-tl.abs(z))
-    u = 1.0 / (1.0 + t)
+    u = reciprocal(1.0 + t)
     return tl.where(z < 0, t * u, u), t * u * u
 
 
@@ -108,7 +122,7 @@ def tanh(z, n):
     """(1 - t) / (1 + t) with t = exp(-2|x|), and the sign of x; f' = 4 t / (1 + t)^2. Where 1 - t
     would cancel, four terms of the series: the fifth is below 2e-8 of x for |x| < 0.15."""
     t = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
-    u = 1.0 / (1.0 + t)
+    u = reciprocal(1.0 + t)
     far = (1.0 - t) * u
     z2 = z * z
     near = z * (1.0 + z2 * (-1.0 / 3.0 + z2 * (2.0 / 15.0 - z2 * (17.0 / 315.0))))
@@ -121,8 +135,8 @@ def softplus(z, n):
     u = 1 + t is exact to rounding (W. Kahan). f' = sigmoid(x)."""
     t = tl.exp2(tl.abs(z) * -LOG2_E)
     u = 1.0 + t
-    log1p = tl.where(u == 1.0, t, tl.log(u) * (t / (u - 1.0)))
-    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) / u
+    log1p = tl.where(u == 1.0, t, tl.log(u) * t * reciprocal(u - 1.0))
+    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) * reciprocal(u)
 
 
 @triton.jit
@@ -219,17 +233,34 @@ def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
         return tl.load(X + rows)
 
 
+@triton.jit
+def rounded(tile, dtype: tl.constexpr):
+    """tile.to(dtype) for a tile whose rounded values are added up in float32 too. From .to, Triton
+    makes an instruction per value, on the unit that exp2 needs; these round two values each."""
+    if INTERPRETED or dtype == tl.float32:
+        return tile.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.float16, is_pure=True, pack=2
+        )
+
+
 # The decay, gamma^(i - j) = 2^(-rate (i - j)), is a factor of the row times one of the column, both
-# relative to a position between them, so that neither exceeds 1. On the diagonal, where there is
-# none, it is the middle of at most 128 positions: with the shortest reach, 0.75 tokens, a factor is
-# 2^123 at most, which float32 holds.
+# relative to a position between them, so that neither exceeds 1. The program's own rows or columns
+# get theirs after the loop. On the diagonal, where there is no position between them, it is the
+# middle of at most 128: with the shortest reach, 0.75 tokens, a factor is 2^123 at most, which
+# float32 holds; both are applied at once there.
 
 
 @triton.jit
 def row_factors(S, rows, T, rate, origin):
-    """2^(-rate (i - origin)) / s_i for these rows i of a head; S holds its row sums."""
-    s = tl.load(S + rows, rows < T, other=1.0)
-    return tl.exp2(rate * (origin - rows).to(tl.float32)) / s
+    """2^(-rate (i - origin)) / s_i for these rows i of a head; S holds its 1 / s_i."""
+    s = tl.load(S + rows, rows < T, other=0.0)
+    return tl.exp2(rate * (origin - rows).to(tl.float32)) * s
 
 
 @triton.jit
@@ -246,7 +277,7 @@ def reach_in_blocks(rate, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_decay(Rates, S, norm_start, T, nh):
-    """log2(e) / r of a head, and where its row sums begin."""
+    """log2(e) / r of a head, and where its 1 / s_i begin."""
     h = norm_start // T % nh
     return tl.load(Rates + h), S + h * T
 
@@ -300,11 +331,15 @@ def forward_kernel(
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             if DECAY:
-                A *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
+                A *= column_factors(cols, rate, origin)[None, :]
+                if DIAGONAL:
+                    A *= row_factor[:, None]
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             y = tl.dot(A.to(v.dtype), v, y, input_precision="ieee")
+        if DECAY and not DIAGONAL:
+            y *= row_factor[:, None]
     store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
 
 
@@ -353,7 +388,9 @@ def dq_kernel(
             A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
             dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
             if DECAY:
-                dA *= row_factor[:, None] * column_factors(cols, rate, origin)[None, :]
+                dA *= column_factors(cols, rate, origin)[None, :]
+                if DIAGONAL:
+                    dA *= row_factor[:, None]
             if LEARNED:
                 P = A * dA
                 if DIAGONAL:
@@ -363,10 +400,15 @@ def dq_kernel(
             G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
-            G = G.to(k.dtype)
+            G = rounded(G, k.dtype)
             dq = tl.dot(G, k, dq, input_precision="ieee")
             if DISTANCE:
                 row_sum += tl.sum(G.to(tl.float32), axis=1)
+        if DECAY and not DIAGONAL:
+            dq *= row_factor[:, None]
+            row_sum *= row_factor
+            P_sum *= row_factor
+            P_moment *= row_factor
     if DISTANCE:
         # Load q again: kept since the start, it would fill registers all through the loop. The
         # barrier is what stops the compiler from doing just that.
@@ -412,11 +454,11 @@ def dkv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     col_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for BELOW in tl.static_range(2):
-        begin = first_col + BLOCK_N if BELOW else first_col
-        end = farthest if BELOW else tl.minimum(first_col + BLOCK_N, T)
+    for DIAGONAL in tl.static_range(2):
+        begin = first_col if DIAGONAL else first_col + BLOCK_N
+        end = tl.minimum(first_col + BLOCK_N, T) if DIAGONAL else farthest
         if DECAY:
-            origin = first_col + (BLOCK_N if BELOW else BLOCK_N // 2)
+            origin = first_col + (BLOCK_N // 2 if DIAGONAL else BLOCK_N)
             column_factor = column_factors(cols, rate, origin)
         for first_row in tl.range(begin, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
@@ -426,21 +468,26 @@ def dkv_kernel(
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
             G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
             if DECAY:
-                row_factor = row_factors(S, rows, T, rate, origin)
-                factor = column_factor[:, None] * row_factor[None, :]
+                factor = row_factors(S, rows, T, rate, origin)[None, :]
+                if DIAGONAL:
+                    factor = column_factor[:, None] * factor
                 A *= factor
                 G *= factor
             if RAGGED:
                 A = tl.where(rows[None, :] < T, A, 0.0)
                 G = tl.where(rows[None, :] < T, G, 0.0)
-            if not BELOW:
+            if DIAGONAL:
                 A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
                 G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
             dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
-            G = G.to(q.dtype)
+            G = rounded(G, q.dtype)
             dk = tl.dot(G, q, dk, input_precision="ieee")
             if DISTANCE:
                 col_sum += tl.sum(G.to(tl.float32), axis=1)
+        if DECAY and not DIAGONAL:
+            dv *= column_factor[:, None]
+            dk *= column_factor[:, None]
+            col_sum *= column_factor
     if DISTANCE:
         tl.debug_barrier()  # and load k again, like q in dq_kernel
         k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, True)
@@ -476,21 +523,29 @@ class Blocks(NamedTuple):
 #   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
 # - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
-    ("forward", 64): Blocks(128, 64, 8, 4, maxnreg=128),  # 128 registers, 24 B, 81 KB, 2 programs
+    ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
-    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 24 B, 65 KB, 3
+    ("dq", 64): Blocks(64, 64, 4, 2, maxnreg=168),
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
-    ("dkv", 64): Blocks(64, 64, 4, 2),  # 255, 8 B, 49 KB, 2
+    ("dkv", 64): Blocks(64, 64, 4, 3),
     ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
     ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
+}
+# With a decay, whose factors and, if its reach is learned, two more sums take registers
+BLOCKS_DECAY = BLOCKS | {
+    ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),
+    ("dq", 64): Blocks(64, 64, 4, 3),
+    ("dq", 128): Blocks(64, 64, 8, 3),
+    ("dkv", 64): Blocks(32, 64, 4, 3),
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
     **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
-    **dict.fromkeys([("forward", 256), ("dq", 128), ("dq", 256)], Blocks(32, 16, 8, 2)),
-    **dict.fromkeys([("dkv", 128), ("dkv", 256)], Blocks(16, 32, 8, 2)),
+    ("forward", 256): Blocks(32, 16, 8, 2),
+    **{("dq", hs): Blocks(32, 16, 8, 2) for hs in (128, 256)},
+    **{("dkv", hs): Blocks(16, 32, 8, 2) for hs in (128, 256)},
 }
 NORM_ROWS = 64
 # Shared memory that one program may have: the tables count on Hopper's. With two stages, head sizes
@@ -511,9 +566,10 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def blocks_for(kernel: str, q: Tensor) -> Blocks:
-    """The block sizes of kernel 'forward', 'dq' or 'dkv' for these inputs."""
-    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
+def blocks_for(kernel: str, q: Tensor, decays: bool = False) -> Blocks:
+    """The block sizes of a kernel for these inputs."""
+    table = BLOCKS_DECAY if decays else BLOCKS
+    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else table
     blocks = table[kernel, max(64, padded(q.size(-1)))]
     if shared_bytes(q.device) < HOPPER_SHARED_BYTES:
         blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
@@ -524,7 +580,6 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 
 MAX_HEAD_SIZE = 256
 L2_BYTES = 16 * 2**20  # for keys and values of the heads at work; an H100's L2 is 2 x 25 MB
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on CPU
 
 
 def parse(name: str) -> tuple[str, triton.JITFunction, float, int] | None:
@@ -608,21 +663,20 @@ def _moments(q: Tensor, learned: bool) -> Tensor:
 
 
 def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What the kernels read of a decay: log2(e) / r (nh,) and s_i (nh, T), in float32."""
+    """What the kernels read of a decay: log2(e) / r (nh,) and 1 / s_i (nh, T), in float32."""
     if reach is None:
         return None, None
     sums = decay.row_sums(reach[:, None], torch.arange(q.size(2), device=reach.device))
-    return (math.log2(math.e) / reach).float().to(q.device), sums.float().to(q.device)
+    return (math.log2(math.e) / reach).float().to(q.device), (1 / sums).float().to(q.device)
 
 
-def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
-    rates: Tensor | None, sums: Tensor | None,
-) -> None:  # fmt: skip
-    """Start one program of kernel 'forward', 'dq' or 'dkv' per head and block; tensors[0] is q."""
+def _arguments(
+    kernel: str, blocks: Blocks, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    rates: Tensor | None, S: Tensor | None,
+) -> tuple[tuple, dict]:  # fmt: skip
+    """What a kernel is started with: positional arguments and keywords. tensors[0] is q."""
     q = tensors[0]
     score, f, unit, n = parse(name)
-    blocks = blocks_for(kernel, q)
     B, nh, T, hs = q.shape
     group = max(1, L2_BYTES // (2 * T * hs * q.element_size()))
     block = blocks.BLOCK_N if kernel == "dkv" else blocks.BLOCK_M
@@ -632,18 +686,28 @@ def _launch(
     if kernel == "dq":
         own["LEARNED"] = tensors[-1].numel() > 0
     # Without a decay its pointers are not followed
-    of_decay = tensors[-2:] if rates is None else (rates, sums)
-    KERNELS[kernel][(B * nh * triton.cdiv(T, block),)](
-        *tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor,
-        f=f, n=n, DISTANCE=score == "distance", DECAY=rates is not None, HS=hs,
-        BLOCK_D=padded(hs), enable_fp_fusion=True, **blocks._asdict(), **own,
-    )  # fmt: skip
+    of_decay = tensors[-2:] if rates is None else (rates, S)
+    return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
+        "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
+        "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
+        "grid": (B * nh * triton.cdiv(T, block),),
+    }  # fmt: skip
+
+
+def _launch(
+    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    rates: Tensor | None, S: Tensor | None,
+) -> None:  # fmt: skip
+    """Start one program of a kernel per head and block."""
+    blocks = blocks_for(kernel, tensors[0], rates is not None)
+    args, options = _arguments(kernel, blocks, tensors, name, divisor, rates, S)
+    KERNELS[kernel][options.pop("grid")](*args, **options)
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
-    rates: Tensor | None, sums: Tensor | None,
+    rates: Tensor | None, S: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
@@ -657,12 +721,12 @@ def _forward(
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, sums)
+        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, S)
     return y, q_norm, k_norm
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, rates, sums):
+def _(q, k, v, name, divisor, rates, S):
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     return empty_heads_last(q), _norms(q, name), _norms(q, name)
 
@@ -670,7 +734,7 @@ def _(q, k, v, name, divisor, rates, sums):
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None, learned: bool,
+    name: str, divisor: float, rates: Tensor | None, S: Tensor | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols). The last
     result, (B, nh, T, 2), is dq_kernel's for the gradient of a decay if `learned`, else empty."""
@@ -679,63 +743,32 @@ def _backward(
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     moments = _moments(q, learned)
     with torch.cuda.device_of(q):
-        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, sums)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, sums)
+        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, S)
+        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, S)
     return dq, dk, dv, moments
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums, learned):
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
     return *(empty_heads_last(q) for _ in range(3)), _moments(q, learned)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.formula, rates, sums = inputs
-    ctx.save_for_backward(q, k, v, *output[1:], rates, sums)
+    q, k, v, *ctx.formula, rates, S = inputs
+    ctx.save_for_backward(q, k, v, *output[1:], rates, S)
 
 
 def _gradients(backward, ctx, dy, *_):
-    *tensors, rates, sums = ctx.saved_tensors
+    *tensors, rates, S = ctx.saved_tensors
     learned = ctx.needs_input_grad[-2]
-    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, sums, learned)
-    d_rates = d_sums = None
-    if learned:  # y_i = sum_j 2^(-rate (i - j)) / s_i ...
+    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, S, learned)
+    d_rates = d_S = None
+    if learned:  # y_i = sum_j 2^(-rate (i - j)) S_i ...
         P_sum, P_moment = moments.unbind(-1)
         scale = 1 / ctx.formula[1]
         d_rates = -math.log(2) * scale * P_moment.sum((0, 2))
-        d_sums = -scale * P_sum.sum(0) / sums
-    return dq, dk, dv, None, None, d_rates, d_sums
+        d_S = scale * P_sum.sum(0) / S
+    return dq, dk, dv, None, None, d_rates, d_S
 
 
 _forward.register_autograd(partial(_gradients, _backward), setup_context=_save)
-
-
-# ---- Autotuning, on request -------------------------------------------------
-
-CANDIDATES = [
-    Blocks(BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg)
-    for BLOCK_M in (32, 64, 128)
-    for BLOCK_N in (32, 64, 128)
-    for num_warps, maxnreg in ((4, None), (4, 168), (8, None), (8, 128))
-    for num_stages in (2, 3, 4)
-]
-
-
-def tune(q: Tensor, k: Tensor, v: Tensor, name: str) -> dict[str, Blocks]:
-    """Time every candidate on these inputs, and use the fastest for their head size until the
-    process ends. Returns them by kernel. It takes minutes, most of them to compile."""
-    table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = _forward(q, k, v, name, 1.0, None, None)
-    forward = lambda: _forward(q, k, v, name, 1.0, None, None)
-    backward = lambda: _backward(y, q, k, v, *norms, name, 1.0, None, None, False)
-    fastest = {}
-    for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
-        key, times = (kernel, max(64, padded(q.size(-1)))), {}
-        for blocks in [table[key], *CANDIDATES]:
-            own, other = blocks[:2] if kernel != "dkv" else blocks[1::-1]
-            if own % other == 0:  # see BLOCKS
-                table[key] = blocks
-                with suppress(triton.runtime.OutOfResources):
-                    times[blocks] = triton.testing.do_bench(launch)
-        fastest[kernel] = table[key] = min(times, key=times.get)
-    return fastest
