@@ -212,10 +212,10 @@ def store_rows(
 
 
 @triton.jit
-def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr):
+def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
     """z for the rows of tiles a and b: scale a.b, less their norms scale/2 |.|^2 for the distance.
     exp(-c/2 |a|^2) is never a factor of its own: it underflows where exp(c a.b) overflows."""
-    z = scale * tl.dot(a, tl.trans(b), input_precision="ieee")
+    z = scale * tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if DISTANCE:
         z = z - a_norm[:, None] - b_norm[None, :]
     return z
@@ -298,6 +298,7 @@ def forward_kernel(
     Q, K, V, Y, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y_i = 1/divisor sum_j f(x_ij) v_j for BLOCK_M rows i. Writes Q_norm too, for the backward."""
@@ -328,7 +329,7 @@ def forward_kernel(
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE, PRECISION), n)
             if DECAY:
                 A *= column_factors(cols, rate, origin)[None, :]
                 if DIAGONAL:
@@ -336,7 +337,7 @@ def forward_kernel(
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
-            y = tl.dot(A.to(v.dtype), v, y, input_precision="ieee")
+            y = tl.dot(A.to(v.dtype), v, y, input_precision=PRECISION)
         if DECAY and not DIAGONAL:
             y *= row_factor[:, None]
     store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
@@ -347,7 +348,7 @@ def dq_kernel(
     Q, K, V, dY, dQ, Q_norm, K_norm, Moments, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
-    LEARNED: tl.constexpr,
+    PRECISION: tl.constexpr, LEARNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
@@ -384,8 +385,8 @@ def dq_kernel(
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
+            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE, PRECISION), n)
+            dA = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
             if DECAY:
                 dA *= column_factors(cols, rate, origin)[None, :]
                 if DIAGONAL:
@@ -394,13 +395,16 @@ def dq_kernel(
                 P = A * dA
                 if DIAGONAL:
                     P = tl.where(rows[:, None] >= cols[None, :], P, 0.0)
-                P_sum += tl.sum(P, axis=1)
-                P_moment += tl.sum(P * (rows[:, None] - cols[None, :]), axis=1)
+                # i - j = (i - first_col) - (j - first_col): no conversion per element
+                sum_here, local = tl.sum(P, axis=1), tl.arange(0, BLOCK_N).to(tl.float32)
+                P_sum += sum_here
+                P_moment += (rows - first_col).to(tl.float32) * sum_here
+                P_moment -= tl.sum(P * local[None, :], axis=1)
             G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
             G = rounded(G, k.dtype)
-            dq = tl.dot(G, k, dq, input_precision="ieee")
+            dq = tl.dot(G, k, dq, input_precision=PRECISION)
             if DISTANCE:
                 row_sum += tl.sum(G.to(tl.float32), axis=1)
         if DECAY and not DIAGONAL:
@@ -426,7 +430,7 @@ def dkv_kernel(
     Q, K, V, dY, dK, dV, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
-    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv_j = 1/divisor sum_i A_ij dy_i and dk_j = c/divisor (sum_i G_ij q_i - k_j sum_i G_ij) for
@@ -464,8 +468,8 @@ def dkv_kernel(
             q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, RAGGED)
             dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, RAGGED)
             q_norm = load_norms(Q_norm, rows, T, RAGGED, DISTANCE)
-            A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
-            G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
+            A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE, PRECISION), n)
+            G = slope * tl.dot(v, tl.trans(dy), input_precision=PRECISION)
             if DECAY:
                 factor = row_factors(S, rows, T, rate, origin)[None, :]
                 if DIAGONAL:
@@ -478,9 +482,9 @@ def dkv_kernel(
             if DIAGONAL:
                 A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
                 G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
-            dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
+            dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision=PRECISION)
             G = rounded(G, q.dtype)
-            dk = tl.dot(G, q, dk, input_precision="ieee")
+            dk = tl.dot(G, q, dk, input_precision=PRECISION)
             if DISTANCE:
                 col_sum += tl.sum(G.to(tl.float32), axis=1)
         if DECAY and not DIAGONAL:
@@ -496,6 +500,11 @@ def dkv_kernel(
 
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
+# How tl.dot multiplies float32. `tf32x3`, three products on the tensor cores, is faster; in an
+# emulation its operands, rounded to 22 bits, add no error. But tensor cores truncate the sums that
+# they accumulate, which can't be emulated here, so that `ieee` stays until a GPU has shown more.
+FLOAT32_PRECISION = "ieee"
 
 # ---- Block sizes ------------------------------------------------------------
 
@@ -689,8 +698,8 @@ def _arguments(
     of_decay = tensors[-2:] if rates is None else (rates, S)
     return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
         "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
-        "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
-        "grid": (B * nh * triton.cdiv(T, block),),
+        "BLOCK_D": padded(hs), "PRECISION": FLOAT32_PRECISION, "enable_fp_fusion": True,
+        **blocks._asdict(), **own, "grid": (B * nh * triton.cdiv(T, block),),
     }  # fmt: skip
 
 
