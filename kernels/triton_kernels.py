@@ -91,11 +91,11 @@ def relu(z, n):
 
 @triton.jit
 def sigmoid(z, n):
-    """1 / (1 + exp(-x)), z = x log2(e). By t = exp(-|x|), which can't overflow; f' = t / (1 + t)^2,
-    where f (1 - f) would cancel."""
-    t = tl.exp2(-tl.abs(z))
+    """1 / (1 + t), z = x log2(e), with t = exp(-x), at most 2^126, so that nothing overflows;
+    f' = t / (1 + t)^2, where f (1 - f) would cancel."""
+    t = tl.exp2(tl.minimum(-z, 126.0, propagate_nan=tl.PropagateNan.ALL))
     u = reciprocal(1.0 + t)
-    return tl.where(z < 0, t * u, u), t * u * u
+    return u, t * u * u
 
 
 @triton.jit
@@ -130,12 +130,15 @@ def tanh(z, n):
 
 @triton.jit
 def softplus(z, n):
-    """log(1 + exp(x)) = max(x, 0) + log1p(t) with t = exp(-|x|); log1p(t) = log(u) t / (u - 1) with
-    u = 1 + t is exact to rounding (W. Kahan). f' = sigmoid(x)."""
+    """log(1 + exp(x)) = max(x, 0) + log(1 + t) with t = exp(-|x|). log(1 + t) = 2 artanh(s) with
+    s = t / (2 + t) <= 1/3, by six terms of the series: the seventh is below 2e-7 of the first.
+    f' = 1 / (1 + exp(-x))."""
     t = tl.exp2(tl.abs(z) * -LOG2_E)
-    u = 1.0 + t
-    log1p = tl.where(u == 1.0, t, tl.log(u) * t * reciprocal(u - 1.0))
-    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) * reciprocal(u)
+    s = t * reciprocal(2.0 + t)
+    s2 = s * s
+    series = 1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11))))
+    log = 2.0 * s * (1.0 + s2 * series)
+    return tl.maximum(z, 0.0) + log, tl.where(z < 0, t, 1.0) * reciprocal(1.0 + t)
 
 
 @triton.jit
@@ -164,7 +167,9 @@ FORMS = {
 # c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
 #
 # The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
-# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
+# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN. If
+# that is one block, there is nothing to load ahead, and Triton 3.6, where it prepared for that,
+# serialised the products of the whole kernel.
 
 
 @triton.jit
@@ -325,7 +330,9 @@ def forward_kernel(
         if DECAY:
             origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
             row_factor = row_factors(S, rows, T, rate, origin)
-        for first_col in tl.range(begin, end, BLOCK_N):
+        for first_col in tl.range(
+            begin, end, BLOCK_N, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
@@ -380,7 +387,9 @@ def dq_kernel(
         if DECAY:
             origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
             row_factor = row_factors(S, rows, T, rate, origin)
-        for first_col in tl.range(begin, end, BLOCK_N):
+        for first_col in tl.range(
+            begin, end, BLOCK_N, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
@@ -463,7 +472,9 @@ def dkv_kernel(
         if DECAY:
             origin = first_col + (BLOCK_N // 2 if DIAGONAL else BLOCK_N)
             column_factor = column_factors(cols, rate, origin)
-        for first_row in tl.range(begin, end, BLOCK_M):
+        for first_row in tl.range(
+            begin, end, BLOCK_M, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, RAGGED)
             dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, RAGGED)
@@ -534,7 +545,7 @@ BLOCKS = {
     ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
-    ("dq", 64): Blocks(64, 64, 4, 2, maxnreg=168),
+    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
     ("dkv", 64): Blocks(64, 64, 4, 3),
@@ -546,7 +557,6 @@ BLOCKS_DECAY = BLOCKS | {
     ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),
     ("dq", 64): Blocks(64, 64, 4, 3),
     ("dq", 128): Blocks(64, 64, 8, 3),
-    ("dkv", 64): Blocks(32, 64, 4, 3),
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
