@@ -92,11 +92,11 @@ def relu(z, n):
 
 @triton.jit
 def sigmoid(z, n):
-    """1 / (1 + exp(-x)), z = x log2(e). By t = exp(-|x|), which can't overflow; f' = t / (1 + t)^2,
-    where f (1 - f) would cancel."""
-    t = tl.exp2(-tl.abs(z))
+    """1 / (1 + t), z = x log2(e), with t = exp(-x), at most 2^126, so that nothing overflows;
+    f' = t / (1 + t)^2, where f (1 - f) would cancel."""
+    t = tl.exp2(tl.minimum(-z, 126.0, propagate_nan=tl.PropagateNan.ALL))
     u = reciprocal(1.0 + t)
-    return tl.where(z < 0, t * u, u), t * u * u
+    return u, t * u * u
 
 
 @triton.jit
@@ -131,12 +131,15 @@ def tanh(z, n):
 
 @triton.jit
 def softplus(z, n):
-    """log(1 + exp(x)) = max(x, 0) + log1p(t) with t = exp(-|x|); log1p(t) = log(u) t / (u - 1) with
-    u = 1 + t is exact to rounding (W. Kahan). f' = sigmoid(x)."""
+    """log(1 + exp(x)) = max(x, 0) + log(1 + t) with t = exp(-|x|). log(1 + t) = 2 artanh(s) with
+    s = t / (2 + t) <= 1/3, by six terms of the series: the seventh is below 2e-7 of the first.
+    f' = 1 / (1 + exp(-x))."""
     t = tl.exp2(tl.abs(z) * -LOG2_E)
-    u = 1.0 + t
-    log1p = tl.where(u == 1.0, t, tl.log(u) * t * reciprocal(u - 1.0))
-    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0, t, 1.0) * reciprocal(u)
+    s = t * reciprocal(2.0 + t)
+    s2 = s * s
+    series = 1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11))))
+    log = 2.0 * s * (1.0 + s2 * series)
+    return tl.maximum(z, 0.0) + log, tl.where(z < 0, t, 1.0) * reciprocal(1.0 + t)
 
 
 @triton.jit
@@ -165,7 +168,9 @@ FORMS = {
 # c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
 #
 # The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
-# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN.
+# diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN. If
+# that is one block, there is nothing to load ahead, and Triton 3.6, where it prepared for that,
+# serialised the products of the whole kernel.
 
 
 @triton.jit
@@ -213,10 +218,10 @@ def store_rows(
 
 
 @triton.jit
-def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr):
+def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
     """z for the rows of tiles a and b: scale a.b, less their norms scale/2 |.|^2 for the distance.
     exp(-c/2 |a|^2) is never a factor of its own: it underflows where exp(c a.b) overflows."""
-    z = scale * tl.dot(a, tl.trans(b), input_precision="ieee")
+    z = scale * tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if DISTANCE:
         z = z - a_norm[:, None] - b_norm[None, :]
     return z
@@ -299,6 +304,7 @@ def forward_kernel(
     Q, K, V, Y, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y_i = 1/divisor sum_j f(x_ij) v_j for BLOCK_M rows i. Writes Q_norm too, for the backward."""
@@ -325,11 +331,13 @@ def forward_kernel(
         if DECAY:
             origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
             row_factor = row_factors(S, rows, T, rate, origin)
-        for first_col in tl.range(begin, end, BLOCK_N):
+        for first_col in tl.range(
+            begin, end, BLOCK_N, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
+            A, _ = f(scores(q, k, q_norm, k_norm, scale, DISTANCE, PRECISION), n)
             if DECAY:
                 A *= column_factors(cols, rate, origin)[None, :]
                 if DIAGONAL:
@@ -337,7 +345,7 @@ def forward_kernel(
             if DIAGONAL:
                 A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
-            y = tl.dot(A.to(v.dtype), v, y, input_precision="ieee")
+            y = tl.dot(A.to(v.dtype), v, y, input_precision=PRECISION)
         if DECAY and not DIAGONAL:
             y *= row_factor[:, None]
     store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
@@ -348,7 +356,7 @@ def dq_kernel(
     Q, K, V, dY, dQ, Q_norm, K_norm, Moments, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
-    LEARNED: tl.constexpr,
+    PRECISION: tl.constexpr, LEARNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
@@ -380,13 +388,15 @@ def dq_kernel(
         if DECAY:
             origin = first_row + BLOCK_M // 2 if DIAGONAL else first_row
             row_factor = row_factors(S, rows, T, rate, origin)
-        for first_col in tl.range(begin, end, BLOCK_N):
+        for first_col in tl.range(
+            begin, end, BLOCK_N, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
-            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE), n)
-            dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
+            A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE, PRECISION), n)
+            dA = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
             if DECAY:
                 dA *= column_factors(cols, rate, origin)[None, :]
                 if DIAGONAL:
@@ -395,13 +405,16 @@ def dq_kernel(
                 P = A * dA
                 if DIAGONAL:
                     P = tl.where(rows[:, None] >= cols[None, :], P, 0.0)
-                P_sum += tl.sum(P, axis=1)
-                P_moment += tl.sum(P * (rows[:, None] - cols[None, :]), axis=1)
+                # i - j = (i - first_col) - (j - first_col): no conversion per element
+                sum_here, local = tl.sum(P, axis=1), tl.arange(0, BLOCK_N).to(tl.float32)
+                P_sum += sum_here
+                P_moment += (rows - first_col).to(tl.float32) * sum_here
+                P_moment -= tl.sum(P * local[None, :], axis=1)
             G = slope * dA
             if DIAGONAL:
                 G = tl.where(rows[:, None] >= cols[None, :], G, 0.0)
             G = rounded(G, k.dtype)
-            dq = tl.dot(G, k, dq, input_precision="ieee")
+            dq = tl.dot(G, k, dq, input_precision=PRECISION)
             if DISTANCE:
                 row_sum += tl.sum(G.to(tl.float32), axis=1)
         if DECAY and not DIAGONAL:
@@ -427,7 +440,7 @@ def dkv_kernel(
     Q, K, V, dY, dK, dV, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
-    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv_j = 1/divisor sum_i A_ij dy_i and dk_j = c/divisor (sum_i G_ij q_i - k_j sum_i G_ij) for
@@ -460,13 +473,15 @@ def dkv_kernel(
         if DECAY:
             origin = first_col + (BLOCK_N // 2 if DIAGONAL else BLOCK_N)
             column_factor = column_factors(cols, rate, origin)
-        for first_row in tl.range(begin, end, BLOCK_M):
+        for first_row in tl.range(
+            begin, end, BLOCK_M, num_stages=1 if DIAGONAL and BLOCK_M == BLOCK_N else None
+        ):
             rows = first_row + tl.arange(0, BLOCK_M)
             q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, RAGGED)
             dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, RAGGED)
             q_norm = load_norms(Q_norm, rows, T, RAGGED, DISTANCE)
-            A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE), n)
-            G = slope * tl.dot(v, tl.trans(dy), input_precision="ieee")
+            A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE, PRECISION), n)
+            G = slope * tl.dot(v, tl.trans(dy), input_precision=PRECISION)
             if DECAY:
                 factor = row_factors(S, rows, T, rate, origin)[None, :]
                 if DIAGONAL:
@@ -479,9 +494,9 @@ def dkv_kernel(
             if DIAGONAL:
                 A = tl.where(rows[None, :] >= cols[:, None], A, 0.0)
                 G = tl.where(rows[None, :] >= cols[:, None], G, 0.0)
-            dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision="ieee")
+            dv = tl.dot(A.to(dy.dtype), dy, dv, input_precision=PRECISION)
             G = rounded(G, q.dtype)
-            dk = tl.dot(G, q, dk, input_precision="ieee")
+            dk = tl.dot(G, q, dk, input_precision=PRECISION)
             if DISTANCE:
                 col_sum += tl.sum(G.to(tl.float32), axis=1)
         if DECAY and not DIAGONAL:
@@ -497,6 +512,11 @@ def dkv_kernel(
 
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
+# How tl.dot multiplies float32. `tf32x3`, three products on the tensor cores, is faster; in an
+# emulation its operands, rounded to 22 bits, add no error. But tensor cores truncate the sums that
+# they accumulate, which can't be emulated here, so that `ieee` stays until a GPU has shown more.
+FLOAT32_PRECISION = "ieee"
 
 # ---- Block sizes ------------------------------------------------------------
 
@@ -526,7 +546,7 @@ BLOCKS = {
     ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
-    ("dq", 64): Blocks(64, 64, 4, 2, maxnreg=168),
+    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
     ("dkv", 64): Blocks(64, 64, 4, 3),
@@ -538,7 +558,6 @@ BLOCKS_DECAY = BLOCKS | {
     ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),
     ("dq", 64): Blocks(64, 64, 4, 3),
     ("dq", 128): Blocks(64, 64, 8, 3),
-    ("dkv", 64): Blocks(32, 64, 4, 3),
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
@@ -689,8 +708,8 @@ def _arguments(
     of_decay = tensors[-2:] if rates is None else (rates, S)
     return (*tensors, *of_decay, *q.stride()[:3], nh, T, group, 1 / math.sqrt(hs), unit, divisor), {
         "f": f, "n": n, "DISTANCE": score == "distance", "DECAY": rates is not None, "HS": hs,
-        "BLOCK_D": padded(hs), "enable_fp_fusion": True, **blocks._asdict(), **own,
-        "grid": (B * nh * triton.cdiv(T, block),),
+        "BLOCK_D": padded(hs), "PRECISION": FLOAT32_PRECISION, "enable_fp_fusion": True,
+        **blocks._asdict(), **own, "grid": (B * nh * triton.cdiv(T, block),),
     }  # fmt: skip
 
 

@@ -430,6 +430,16 @@ def test_gpu_pointwise_functions():
 
 
 @on_gpu
+def test_gpu_tf32x3_is_as_exact_as_float32_has_to_be(monkeypatch):
+    """If it passes and is faster, FLOAT32_PRECISION can be tf32x3."""
+    monkeypatch.setattr(triton_kernels, "FLOAT32_PRECISION", "tf32x3")
+    for shape in (*SHAPES, (1, 1, 8192, 64)):
+        for name in ("GK", "GKpoly-8", "PA_relu"):
+            x = inputs(shape, torch.float32, "cuda")
+            assert error(run(*x, name), plain(*x, name)) <= TOLERANCE["float32"], (shape, name)
+
+
+@on_gpu
 def test_gpu_tuning_finds_block_sizes_that_run():
     q, k, v, _ = inputs((2, 4, 1024, 64), torch.bfloat16, "cuda")
     before = dict(triton_kernels.BLOCKS)
