@@ -139,7 +139,8 @@ def centred_attention(
     the gradient of a score sees how v_j differs from m_i, as softmax's does from y_i. GK's weights
     are not negative. It takes additions and one product, and GKpoly-n stays a polynomial."""
     with_ones = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # (B, nh, T, hs + 1)
-    y, row_sum = attend(q, k, with_ones, dropout, visible, reach).split((v.size(-1), 1), dim=-1)
+    both = attend(q, k, with_ones, dropout=dropout, visible=visible, reach=reach)
+    y, row_sum = both.split((v.size(-1), 1), dim=-1)
     m = decay.mean(v, q.size(2), visible, reach)  # float32 at least
     return (y + (1 - row_sum) * m).to(v.dtype)
 

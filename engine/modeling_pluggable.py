@@ -9,6 +9,8 @@ export.py writes this file into the folder of a model, together with the formula
 Caches and left-padded batches work as for GPT-2. Weights are float32 or float64, or 16 bits wide.
 """
 
+from functools import partial
+
 import torch.nn as nn
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
@@ -16,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from engine import layers
 from kernels import decay
-from model import parse_attn_type, pointwise_attention, softmax_attention
+from model import centred_attention, parse_attn_type, pointwise_attention, softmax_attention
 
 
 class PluggableConfig(GPT2Config):
@@ -25,6 +27,7 @@ class PluggableConfig(GPT2Config):
     model_type = "pluggable_gpt"
     attn_type: str = "SM"
     attn_decay: str = "none"
+    attn_center: bool = False
     pa_length: int | None = None
     pa_length_power: float = 1.0
     norm: str = "layer"
@@ -56,12 +59,16 @@ def attend(
         reach = attn.log_reach.exp().clamp(min=decay.SHORTEST_LEARNED)
     variant = attn.variant
     if variant is None:
-        y = softmax_attention(q, k, v, dropout, visible, reach)
+        plain = softmax_attention
     else:
-        divisor = 1.0
-        if variant.by_length and reach is None:
-            divisor = float(L) ** config.pa_length_power
-        y = pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach)
+        by_length = variant.by_length and reach is None
+        divisor = float(L) ** config.pa_length_power if by_length else 1.0
+        plain = partial(pointwise_attention, variant=variant, divisor=divisor)
+    options = {"dropout": dropout, "visible": visible, "reach": reach}
+    if config.attn_center:
+        y = centred_attention(plain, q, k, v, **options)
+    else:
+        y = plain(q, k, v, **options)
     return y.transpose(1, 2), None
 
 
