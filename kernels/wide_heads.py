@@ -37,6 +37,7 @@ from kernels.triton_kernels import (
     norm_kernel,
     parse,
     reach_in_blocks,
+    rounded,
     row_factors,
 )
 
@@ -191,11 +192,11 @@ def gradients_kernel(
         P = tile * dA
         tl.store(P_sums + row_part + rows, tl.sum(P, axis=1))
         tl.store(P_moments + row_part + rows, tl.sum(P * (rows[:, None] - cols[None, :]), axis=1))
-    rounded = (slope * dA).to(G.dtype.element_ty)
+    tile = rounded(slope * dA, G.dtype.element_ty)
     if DISTANCE:
-        tl.store(Row_sums + row_part + rows, tl.sum(rounded.to(tl.float32), axis=1))
-        tl.store(Col_sums + col_part + cols, tl.sum(rounded.to(tl.float32), axis=0))
-    store_tile(G, place, row, col, length, rounded, BLOCK)
+        tl.store(Row_sums + row_part + rows, tl.sum(tile.to(tl.float32), axis=1))
+        tl.store(Col_sums + col_part + cols, tl.sum(tile.to(tl.float32), axis=0))
+    store_tile(G, place, row, col, length, tile, BLOCK)
 
 
 @triton.jit
@@ -323,7 +324,7 @@ def attention(name: str, divisor: float) -> Callable[..., Tensor]:
 class Launcher:
     """What all launches for one input share: its shape, the attention and the decay."""
 
-    def __init__(self, q: Tensor, name: str, rates: Tensor | None, sums: Tensor | None):
+    def __init__(self, q: Tensor, name: str, rates: Tensor | None, S: Tensor | None):
         score, f, self.unit, n = parse(name)
         B, self.nh, self.T, self.hs = q.shape
         self.c, self.distance = 1 / math.sqrt(self.hs), score == "distance"
@@ -333,7 +334,7 @@ class Launcher:
         self.heads = B * self.nh
         self.chunk = min(self.heads, max(1, MAX_WEIGHTS // self.length**2))  # heads at a time
         # Without a decay its pointers are not followed
-        self.decay = (q, q) if rates is None else (rates, sums)
+        self.decay = (q, q) if rates is None else (rates, S)
         self.of_score = {"f": f, "n": n, "DISTANCE": self.distance}
         self.common = self.blocks._asdict() | {
             "HS": self.hs, "RAGGED": self.T != self.length, "DECAY": rates is not None,
@@ -384,12 +385,12 @@ class Launcher:
 @torch.library.custom_op("triton_attention::wide_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
-    rates: Tensor | None, sums: Tensor | None,
+    rates: Tensor | None, S: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
     triton_kernels._check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
-    y, launch = empty_heads_last(q), Launcher(q, name, rates, sums)
+    y, launch = empty_heads_last(q), Launcher(q, name, rates, S)
     A = q.new_empty(launch.chunk, launch.length, launch.length)
     with torch.cuda.device_of(q):
         norms = launch.norms(q), launch.norms(k)
@@ -400,7 +401,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, rates, sums):
+def _(q, k, v, name, divisor, rates, S):
     triton_kernels._check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     return empty_heads_last(q), triton_kernels._norms(q, name), triton_kernels._norms(q, name)
 
@@ -408,14 +409,14 @@ def _(q, k, v, name, divisor, rates, sums):
 @torch.library.custom_op("triton_attention::wide_backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
-    name: str, divisor: float, rates: Tensor | None, sums: Tensor | None, learned: bool,
+    name: str, divisor: float, rates: Tensor | None, S: Tensor | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, without atomics: each program owns what it writes. The last result, (B, nh, T,
     2), is for the gradient of a decay if `learned`, else empty."""
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
-    moments, launch = triton_kernels._moments(q, learned), Launcher(q, name, rates, sums)
+    moments, launch = triton_kernels._moments(q, learned), Launcher(q, name, rates, S)
     A, G = q.new_empty(2, launch.chunk, launch.length, launch.length)
     parts = launch.n_blocks, launch.length
     n_sums, n_moments = launch.chunk * launch.distance, launch.chunk * learned
@@ -438,7 +439,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, sums, learned):
+def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
     moments = triton_kernels._moments(q, learned)
     return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q), moments
 
