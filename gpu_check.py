@@ -165,7 +165,7 @@ def test(name: str) -> dict:
 
 
 def tests(task: Task) -> Rows:
-    is_for_gpus = lambda text: "mark.gpu" in text or "@on_gpu" in text
+    is_for_gpus = lambda text: "mark.gpu" in text or "on_gpu" in text
     files = [p for p in (ROOT / "tests").glob("test_*.py") if is_for_gpus(p.read_text())]
     collected = pytest("--collect-only", *files)
     names = [line for line in collected.stdout.splitlines() if "::" in line][: task.cases]

@@ -113,7 +113,7 @@ class Runtime:
         totals = torch.as_tensor(values).detach()
         totals = (totals if totals.is_cuda else totals.cpu()).double()
         if self.world_size > 1:
-            totals = totals.to(self.device)
+            totals = totals.to(self.device, non_blocking=True)  # else it would wait for the GPU
             dist.all_reduce(totals)
         return totals
 

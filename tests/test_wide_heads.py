@@ -223,7 +223,8 @@ def test_every_kernel_compiles_for_hopper_without_serial_products_or_spills(monk
         if key.startswith("norm_kernel"):
             assert compile_for_hopper(*launch)[1].stack == 0
         else:  # two programs of a product share a multiprocessor
-            check(launch, registers=128 if key.startswith("product_kernel") else 255)
+            stack = 256 if name == "PA_softplus" else 32  # outside the loops
+            check(launch, stack, registers=128 if key.startswith("product_kernel") else 255)
 
 
 @compiles
