@@ -25,7 +25,7 @@ PAPERS = {
 CARD = """{front}
 # {name}
 
-A GPT whose attention is `{attn_type}`. Token i weighs token j <= i with
+A GPT whose attention is `{attn_type}`. The weight of token j <= i for token i is
 {formula}
 
 {facts}
@@ -65,6 +65,15 @@ def formula(config: GPTConfig) -> str:
     return f"{what}. The weights of a row are not normalised."
 
 
+def score_table(results: dict) -> str:
+    """The rows of eval.json, in Markdown."""
+    cells = [["data set", "split", *HEADINGS.values()]]
+    for data, row in results.items():
+        values = ("" if row[key] is None else f"{row[key]:.4g}" for key in HEADINGS)
+        cells.append([data, row["split"], *values])
+    return text_table(cells, markdown=True)
+
+
 def began_with(settings: dict) -> str | None:
     """The model whose weights a run with these settings began with; None if there was none, or if
     the run has been resumed, which is all that its settings say then. Of a folder only the name."""
@@ -85,12 +94,10 @@ def model_card(name: str, trained: Trained, run: Path, has_code: bool) -> str:
     with suppress(OSError, ValueError, TypeError):
         settings = dict(json.loads((run / "config.json").read_text("utf-8")))
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        results = json.loads((run / "eval.json").read_text("utf-8"))["results"]
-        cells = [["data set", "split", *HEADINGS.values()]]
-        for data, row in results.items():
-            values = ("" if row[key] is None else f"{row[key]:.4g}" for key in HEADINGS)
-            cells.append([data, row["split"], *values])
-        scores = f"## Scores\n\n{text_table(cells, markdown=True)}\n\n"
+        evaluation = json.loads((run / "eval.json").read_text("utf-8"))
+        evaluated = Path(evaluation["model"]).name, evaluation["step"]
+        if evaluated == (Path(trained.source).name, trained.step):  # and not an earlier state
+            scores = f"## Scores\n\n{score_table(evaluation['results'])}\n\n"
     found, loss = settings.get("found") or {}, trained.best_val_loss
     facts = {
         "Parameters": f"{trained.model.get_num_params():,} without position embeddings",

@@ -139,3 +139,17 @@ def test_a_damaged_config_of_the_run_costs_only_what_it_said(run, run_train, tmp
     (tmp_path / "run" / "config.json").write_text(text)
     run("export", "--out_dir=run", "--to=hf")
     assert "| Training data | abc |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_scores_of_another_checkpoint_are_not_those_of_this_one(run, run_train, tmp_path):
+    run_train("--out_dir=run")
+    run("evaluate", "--out_dir=run", "--data_dir=data")
+    for key, value in (("step", 3), ("model", "gpt2")):
+        path = tmp_path / "run" / "eval.json"
+        whole = path.read_text()
+        path.write_text(json.dumps(json.loads(whole) | {key: value}))
+        run("export", "--out_dir=run", f"--to={key}")
+        assert "Scores" not in (tmp_path / key / "README.md").read_text()
+        path.write_text(whole)
+    run("export", "--out_dir=run", "--to=hf")
+    assert "## Scores" in (tmp_path / "hf" / "README.md").read_text()
