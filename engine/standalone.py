@@ -90,7 +90,7 @@ def check(path: Path, node: ast.stmt) -> None:
         elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
             local = part.id
         if local in modules and not isinstance(part, ast.keyword):
-            raise ValueError(f"{local} in {place} is the name of a module too")
+            raise ValueError(f"{local} in {place} names a module too; rename it")
 
 
 def standalone(path: Path) -> str:

@@ -88,7 +88,10 @@ def test_names_may_be_defined_in_any_way(files, code, value):
         ("def f(x):\n    from pack import part\n    return x", "inside a function"),
         ("def f(x):\n    from pack.part import area\n    return x", "inside a function"),
         ("def f(x):\n    import pack.part\n    return x", "inside a function"),
-        ("from pack import part\ndef f(part): return part.real", "part in line 2 .* a module too"),
+        (
+            "from pack import part\ndef f(part): return part.real",
+            "part in line 2 .* a module too; rename it",
+        ),
         ("from pack import part\ndef f(x):\n    part = x\n    return part.real", "a module too"),
     ],
 )
