@@ -144,7 +144,10 @@ def write_folder(
     generation = GenerationConfig(bos_token_id=eot, eos_token_id=eot)
     files = tokenizer_files(tokenizer, config.block_size) if tokenizer else {}
     if hf_config.model_type != "gpt2":
-        files[f"{MODELING}.py"] = standalone(ROOT / "engine" / f"{MODELING}.py").encode()
+        try:
+            files[f"{MODELING}.py"] = standalone(ROOT / "engine" / f"{MODELING}.py").encode()
+        except ValueError as error:
+            raise UserError(f"{MODELING}.py can't be written: {error}") from error
     if card:
         files["README.md"] = card.encode()
     files["config.json"] = hf_config.to_json_string().encode()

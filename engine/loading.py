@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,10 @@ def load_trained(
             meta = meta_of_dataset(dataset, data_dir, model.config.vocab_size)
         except UserError as error:
             no_tokenizer = f"the tokenizer of {path} is not known: {error}"
-    step, best_val_loss = loaded.get("iter_num"), float(loaded.get("best_val_loss", math.inf))
+    best_val_loss = math.inf
+    with suppress(TypeError, ValueError, RuntimeError):  # nanoGPT's is a tensor; it may be missing
+        best_val_loss = float(loaded.get("best_val_loss"))
+    step = loaded.get("iter_num")
     return Trained(model, path, meta, dataset, step, best_val_loss, no_tokenizer)
 
 

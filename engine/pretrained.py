@@ -58,6 +58,8 @@ def read_gpt2(
         raise ValueError(f"{name!r} can't be loaded: {error}") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         raise ValueError(f"{name!r} lacks weights that its config.json promises")
+    if kind is PluggableGPT and info["unexpected_keys"]:
+        raise ValueError(f"{name!r} has weights that its config.json does not name")
     state = hf.state_dict()
     if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
         raise ValueError(
@@ -91,6 +93,8 @@ def config_args(hf_config: Any, name: str) -> dict:
     ):
         raise ValueError(f"{name!r} differs from GPT-2 in its config.json; model.py can't build it")
     own = {key: getattr(hf_config, key) for key in OWN_ARGS if hasattr(hf_config, key)}
+    if kind == "gpt2" and (own.get("attn_decay") == "learned" or own.keys() & {*OPTIONS}):
+        raise ValueError(f"{name!r} has parts that no GPT-2 has; write it again with export.py")
     if own.get("pa_length", 0) is None:
         del own["pa_length"]
     return {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +25,7 @@ PAPERS = {
 CARD = """{front}
 # {name}
 
-A GPT whose attention is `{attn_type}`. Token i weighs token j <= i with
+A GPT whose attention is `{attn_type}`. The weight of token j <= i for token i is
 {formula}
 
 {facts}
@@ -64,6 +65,25 @@ def formula(config: GPTConfig) -> str:
     return f"{what}. The weights of a row are not normalised."
 
 
+def score_table(results: dict) -> str:
+    """The rows of eval.json, in Markdown."""
+    cells = [["data set", "split", *HEADINGS.values()]]
+    for data, row in results.items():
+        values = ("" if row[key] is None else f"{row[key]:.4g}" for key in HEADINGS)
+        cells.append([data, row["split"], *values])
+    return text_table(cells, markdown=True)
+
+
+def began_with(settings: dict) -> str | None:
+    """The model whose weights a run with these settings began with; None if there was none, or if
+    the run has been resumed, which is all that its settings say then. Of a folder only the name."""
+    init_from = settings.get("init_from", "resume")
+    if init_from in ("scratch", "resume"):
+        return None
+    name = settings.get({"finetune": "out_dir", "distill": "teacher"}.get(init_from, "init_from"))
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def model_card(name: str, trained: Trained, run: Path, has_code: bool) -> str:
     """The model card, in Markdown, of the model that will be loaded as `name`: what it is, how it
     was trained, how good it is, how to load it. The folder of its `run` says part of that.
@@ -71,19 +91,18 @@ def model_card(name: str, trained: Trained, run: Path, has_code: bool) -> str:
     from huggingface_hub import ModelCardData
 
     config, settings, scores = trained.model.config, {}, ""
-    with suppress(OSError, ValueError):
-        settings = json.loads((run / "config.json").read_text("utf-8"))
+    with suppress(OSError, ValueError, TypeError):
+        settings = dict(json.loads((run / "config.json").read_text("utf-8")))
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        results = json.loads((run / "eval.json").read_text("utf-8"))["results"]
-        cells = [["data set", "split", *HEADINGS.values()]]
-        for data, row in results.items():
-            values = ("" if row[key] is None else f"{row[key]:.4g}" for key in HEADINGS)
-            cells.append([data, row["split"], *values])
-        scores = f"## Scores\n\n{text_table(cells, markdown=True)}\n\n"
+        evaluation = json.loads((run / "eval.json").read_text("utf-8"))
+        evaluated = Path(evaluation["model"]).name, evaluation["step"]
+        if evaluated == (Path(trained.source).name, trained.step):  # and not an earlier state
+            scores = f"## Scores\n\n{score_table(evaluation['results'])}\n\n"
     found, loss = settings.get("found") or {}, trained.best_val_loss
     facts = {
         "Parameters": f"{trained.model.get_num_params():,} without position embeddings",
         **{f"`{key}`": value for key, value in config.model_args().items()},
+        "Training began with": began_with(settings),
         "Training data": trained.dataset,
         "Updates": trained.step,
         "Best validation loss": f"{loss:.4f} nats per token" if math.isfinite(loss) else None,
@@ -125,14 +144,15 @@ def push(folder: Path, repo: str) -> str:
     that is not possible; the folder stays."""
     from huggingface_hub import HfApi
 
-    retry = f"{folder} is whole; once that is repaired, run  hf upload {repo} {folder}"
+    retry = f"{folder} is whole; once that is repaired, run "
+    retry += shlex.join(["hf", "upload", repo, str(folder)])
     if not reachable(HUB):
         raise UserError(f"{HUB} can't be reached from here; {retry}")
     try:
         api = HfApi()
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
-    except OSError as error:  # also of httpx: no token, no right to write, no network
-        reason = " ".join(str(error).split())
+    except Exception as error:  # no token, no right to write, no network: of several libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{repo} can't be written ({reason[:300]}); {retry}") from error
     return str(address)

@@ -145,6 +145,24 @@ def test_code_in_a_folder_is_never_run_here(exported, monkeypatch):
         GPT.from_pretrained(str(folder))
 
 
+@pytest.mark.parametrize("wrong", [{"norm": "rms"}, {"n_layer": 1}, {"attn_decay": "none"}])
+def test_weights_that_config_json_does_not_name_are_refused(exported, wrong):
+    folder = exported(attn_type="GK", attn_decay="learned", vocab_size=64)[1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(ValueError, match="has weights that its config.json does not name"):
+        GPT.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("own", [{"attn_decay": "learned"}, {"norm": "rms"}, {"qk_norm": True}])
+def test_a_gpt2_with_parts_that_none_has_is_refused(exported, own):
+    folder = exported(vocab_size=64)[1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match="write it again with export.py"):
+        GPT.from_pretrained(str(folder))
+
+
 def test_a_softmax_model_starts_with_the_reaches_of_fixed(exported):
     folder = exported(vocab_size=64)[1]
     new = GPT.from_pretrained(str(folder), {"attn_decay": "learned"}).transformer.h[0].attn

@@ -1,5 +1,6 @@
 """engine/loading.py: a trained model finds its tokenizer, or says what is missing."""
 
+import math
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from test_sample import RULER, SHORT
 
 from configurator import UserError
 from data.tokenizer import CharTokenizer
-from engine.loading import encode_prompt
+from engine.loading import encode_prompt, load_trained
 from model import GPT, GPTConfig
 
 
@@ -73,3 +74,11 @@ def test_gpt2_without_its_tokenizer_says_where_it_looks(run, tmp_path, monkeypat
     with pytest.raises(Failed, match="TIKTOKEN_CACHE_DIR") as failed:
         run("sample", "--init_from=hf")
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("loss", [None, "low", [1]])
+def test_a_loss_that_is_no_number_is_not_known(nanogpt, tmp_path, loss):
+    nanogpt("old")
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    torch.save({**checkpoint, "best_val_loss": loss}, tmp_path / "ckpt.pt")
+    assert load_trained(tmp_path, "ckpt.pt", "resume", None).best_val_loss == math.inf

@@ -106,3 +106,50 @@ def test_a_missing_token_is_one_line(hub, run, run_train, monkeypatch):
     with pytest.raises(Failed, match="can't be written .no token; log in first") as failed:
         run("export", "--out_dir=run", "--to=hf", "--push=ada/small")
     assert failed.value.stderr.count("\n") == 1
+
+
+def test_a_connection_that_breaks_is_one_line(hub, run, run_train, monkeypatch, tmp_path):
+    class ConnectError(Exception):  # of the libraries below huggingface_hub, which are no OSErrors
+        pass
+
+    def break_off(*args, **options):
+        raise ConnectError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", break_off)
+    run_train("--out_dir=run", "--max_iters=0")
+    with pytest.raises(Failed, match="ConnectError.* hf upload ada/small 'my folder'") as failed:
+        run("export", "--out_dir=run", "--to=my folder", "--push=ada/small")
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+    assert (tmp_path / "my folder" / "model.safetensors").exists()
+
+
+def test_the_card_of_a_finetune_says_what_it_began_with(run, run_train, tmp_path):
+    run_train("--out_dir=some/run", "--max_iters=0")
+    run_train("--init_from=finetune", "--out_dir=some/run", "--save_dir=new", "--attn_type=GK")
+    run("export", "--out_dir=new", "--to=hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| Training began with | run |" in card
+    run("export", "--out_dir=some/run", "--to=other")
+    assert "began" not in (tmp_path / "other" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"found": null}', "3"])
+def test_a_damaged_config_of_the_run_costs_only_what_it_said(run, run_train, tmp_path, text):
+    run_train("--out_dir=run", "--max_iters=0")
+    (tmp_path / "run" / "config.json").write_text(text)
+    run("export", "--out_dir=run", "--to=hf")
+    assert "| Training data | abc |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_scores_of_another_checkpoint_are_not_those_of_this_one(run, run_train, tmp_path):
+    run_train("--out_dir=run")
+    run("evaluate", "--out_dir=run", "--data_dir=data")
+    for key, value in (("step", 3), ("model", "gpt2")):
+        path = tmp_path / "run" / "eval.json"
+        whole = path.read_text()
+        path.write_text(json.dumps(json.loads(whole) | {key: value}))
+        run("export", "--out_dir=run", f"--to={key}")
+        assert "Scores" not in (tmp_path / key / "README.md").read_text()
+        path.write_text(whole)
+    run("export", "--out_dir=run", "--to=hf")
+    assert "## Scores" in (tmp_path / "hf" / "README.md").read_text()
