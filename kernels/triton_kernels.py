@@ -343,7 +343,13 @@ def forward_kernel(
                 if DIAGONAL:
                     A *= row_factor[:, None]
             if DIAGONAL:
-                A = tl.where(rows[:, None] >= cols[None, :], A, 0.0)
+                # The same condition twice: with norms, the indices of the columns are at hand, and
+                # without, they would fill registers. Elsewhere it makes no difference.
+                if DISTANCE:
+                    below = rows[:, None] >= cols[None, :]
+                else:
+                    below = (rows - first_col)[:, None] >= tl.arange(0, BLOCK_N)[None, :]
+                A = tl.where(below, A, 0.0)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             y = tl.dot(A.to(v.dtype), v, y, input_precision=PRECISION)
         if DECAY and not DIAGONAL:
@@ -535,21 +541,23 @@ class Blocks(NamedTuple):
 
 # (kernel, padded head size) -> Blocks; head sizes below 64 take the line of 64. Behind each line,
 # for the worst of the attentions on sm_90 (Triton 3.9): registers, bytes on the stack (spills),
-# shared memory, programs per multiprocessor. Why these:
+# shared memory, programs per multiprocessor. No wgmma is serialised. Why these:
 # - wgmma multiplies 64 rows per 4 warps; wider tiles read shared memory less often per product.
 # - A program alternates between tensor cores and f. Two or three of them on a multiprocessor fill
 #   each other's gaps, most of all at head size 64, where f costs as much as the products.
 # - The accumulators set the limit: one of BLOCK_M x hs in forward and dq, two of BLOCK_N x hs in
 #   dkv. At 256, dkv spills whatever the tile, as wgmma has none smaller.
+# - With two stages a tile is asked for when the one before is done with, and waited for at once;
+#   where three don't fit, the other programs have to fill the gap.
 # - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
-    ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),
+    ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),  # 128 registers, 8 B, 65 KB, 2 programs
     ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
-    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),
+    ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 0 B, 65 KB, 3
     ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
-    ("dkv", 64): Blocks(64, 64, 4, 3),
+    ("dkv", 64): Blocks(64, 64, 4, 3),  # 255, 0 B, 65 KB, 2
     ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
     ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
 }
