@@ -41,12 +41,14 @@ def read_gpt2(
 
     from engine.modeling_pluggable import PluggableConfig, PluggableGPT
 
-    # The folder's own copy of that module is never run
-    AutoConfig.register(PluggableConfig.model_type, PluggableConfig, exist_ok=True)
     try:
-        hf_config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
+        settings, _ = PluggableConfig.get_config_dict(name, **options)
+        is_ours = settings.get("model_type") == PluggableConfig.model_type
+        # The folder's own copy of modeling_pluggable.py is never run
+        Kind = PluggableConfig if is_ours else AutoConfig
+        hf_config = Kind.from_pretrained(name, **options, trust_remote_code=False)
         config = Config(**{"pa_length": pa_length, **config_args(hf_config, name), **overrides})
-        kind = PluggableGPT if isinstance(hf_config, PluggableConfig) else GPT2LMHeadModel
+        kind = PluggableGPT if is_ours else GPT2LMHeadModel
         hf, info = kind.from_pretrained(name, **options, output_loading_info=True)
     except OSError as error:
         if is_folder:
@@ -58,7 +60,7 @@ def read_gpt2(
         raise ValueError(f"{name!r} can't be loaded: {error}") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         raise ValueError(f"{name!r} lacks weights that its config.json promises")
-    if kind is PluggableGPT and info["unexpected_keys"]:
+    if is_ours and info["unexpected_keys"]:
         raise ValueError(f"{name!r} has weights that its config.json does not name")
     state = hf.state_dict()
     if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):

@@ -161,6 +161,8 @@ def test_folders_with_other_formulas_are_loaded_side_by_side(both, tmp_path):
     other = load(tmp_path / "other", trust_remote_code=True)
     assert not torch.equal(other(idx).logits, expected)
     assert torch.equal(hf(idx).logits, expected)
+    GPT.from_pretrained(str(tmp_path / "other"))  # has its own classes, and registers them nowhere
+    assert type(load(tmp_path / "other", trust_remote_code=True).config) is type(other.config)
 
 
 def test_new_weights_begin_with_the_reaches_of_model_py(both):

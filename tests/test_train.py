@@ -245,7 +245,7 @@ def test_only_adamw_on_a_gpu_decides_itself():
     assert train.decides_on_device(optimizer, gpu)
     others = [{"device": "cpu"}, {"dtype": "float16"}, {"shard": True}]
     assert not any(train.decides_on_device(optimizer, replace(gpu, **o)) for o in others)
-    for other in (MuonAdamW(parameters, set(), 0.1, 0.1), torch.optim.AdamW(parameters)):
+    for other in (MuonAdamW(parameters, {*parameters}, 0.1, 0.1), torch.optim.AdamW(parameters)):
         assert not train.decides_on_device(other, gpu)
 
 
