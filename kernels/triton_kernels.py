@@ -552,20 +552,20 @@ class Blocks(NamedTuple):
 # - The loop without a mask ends at the diagonal only if BLOCK_N divides BLOCK_M (dkv: vice versa).
 BLOCKS = {
     ("forward", 64): Blocks(128, 64, 8, 3, maxnreg=128),  # 128 registers, 8 B, 65 KB, 2 programs
-    ("forward", 128): Blocks(128, 64, 8, 3),  # 255, 0 B, 129 KB, 1
+    ("forward", 128): Blocks(128, 64, 8, 3),  # 244, 0 B, 129 KB, 1
     ("forward", 256): Blocks(64, 64, 8, 2),  # 254, 0 B, 161 KB, 1
     ("dq", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 0 B, 65 KB, 3
-    ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 40 B, 97 KB, 2
+    ("dq", 128): Blocks(64, 64, 4, 2),  # 255, 0 B, 97 KB, 2
     ("dq", 256): Blocks(64, 32, 8, 2),  # 255, 128 B, 128 KB, 1
-    ("dkv", 64): Blocks(64, 64, 4, 3),  # 255, 0 B, 65 KB, 2
-    ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 16 B, 96 KB, 1
+    ("dkv", 64): Blocks(64, 64, 4, 3),  # 254, 0 B, 65 KB, 2
+    ("dkv", 128): Blocks(32, 128, 8, 2),  # 255, 8 B, 97 KB, 1
     ("dkv", 256): Blocks(32, 64, 8, 2),  # 255, 512 B, 128 KB, 1
 }
 # With a decay, whose factors and, if its reach is learned, two more sums take registers
 BLOCKS_DECAY = BLOCKS | {
-    ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),
-    ("dq", 64): Blocks(64, 64, 4, 3),
-    ("dq", 128): Blocks(64, 64, 8, 3),
+    ("forward", 64): Blocks(64, 64, 4, 3, maxnreg=168),  # 168, 0 B, 57 KB, 3
+    ("dq", 64): Blocks(64, 64, 4, 3),  # 211, 0 B, 65 KB, 2; a learned reach: 255, 32 B
+    ("dq", 128): Blocks(64, 64, 8, 3),  # 239, 0 B, 129 KB, 1; a learned reach: 255, 96 B
 }
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
