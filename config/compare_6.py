@@ -1,13 +1,18 @@
 # Six layers: softmax and four attentions without it, with and without a public decay, with AdamW
-# and with Muon, at two learning rates and with two seeds. 80 runs of 400 steps, about three hours
-# on 2 CPU cores; the same command goes on where it was stopped.
+# and with Muon, at two learning rates and with two seeds. Weights with the decay are centred. 80
+# runs of 400 steps, about three hours on 2 CPU cores; the same command goes on where it was stopped.
 #
 #   python compare.py config/compare_6.py
 #   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6
+# With the decay alone:
+#   python compare.py config/compare_6.py --attn_center=False --out_dir=out-decay-6
+# A part of the runs, here six of them:
+#   python compare.py config/compare_6.py --attn_types=SM,GK,GKpoly-4 --learning_rates=6e-3 \
+#       --vary="attn_decay=fixed optimizer=adamw"
 # The loss against the depth, at one width:
 #   python compare.py config/compare_6.py --vary="n_layer=1,2,4,6,12" --attn_types=SM,GK \
 #       --attn_decay=fixed --n_head=4 --n_embd=128 --block_size=128 --batch_size=16 \
-#       --learning_rates=6e-3 --out_dir=out-depth
+#       --learning_rates=6e-3 --out_dir=out-depth    # and --optimizer=muon
 
 out_dir = "out-compare-6"
 base = "train_gk"

@@ -1,6 +1,7 @@
-# Six layers without softmax: the Gaussian kernel with a public decay, on the default data set.
-# Minutes on a GPU. Without the decay the model hardly learns with AdamW, see docs/results.md. The
-# other values are those of train_shakespeare_char.py.
+# Six layers without softmax: the Gaussian kernel with a public decay and centred weights, on the
+# default data set. Minutes on a GPU. Without the decay the model hardly learns with AdamW, without
+# the centring it ends behind softmax, see docs/results.md. The other values are those of
+# train_shakespeare_char.py.
 #
 #   python train.py config/train_gk.py
 # GKpoly-4 needs additions and multiplications only:
@@ -13,6 +14,7 @@ out_dir = "out-gk"
 dataset = "pydocs"
 attn_type = "GK"
 attn_decay = "fixed"  # each head's weights fade with distance, over 2 to block_size / 2 tokens
+attn_center = True  # the weights of each token sum to 1
 n_layer = 6
 n_head = 6
 n_embd = 384
