@@ -4,8 +4,8 @@
 # train_shakespeare_char.py.
 #
 #   python train.py config/train_gk.py
-# GKpoly-4 needs additions and multiplications only:
-#   python train.py config/train_gk.py --attn_type=GKpoly-4 --stats_interval=250
+# GKpoly-6 needs additions and multiplications only:
+#   python train.py config/train_gk.py --attn_type=GKpoly-6 --stats_interval=250
 # A smaller model, for a CPU:
 #   python train.py train_gk --eval_iters=20 --block_size=128 --batch_size=16 --n_layer=4 \
 #       --n_head=4 --n_embd=128 --max_iters=600 --learning_rate=3e-3 --min_lr=none --dropout=0.0
