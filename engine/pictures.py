@@ -106,13 +106,14 @@ def draw_losses(folders: list[Path], to: Path) -> None:
     figure, (axis,) = new_figure(1, title)
     for (folder, rows), look in zip(logs.items(), run_looks(attn_types), strict=True):
         label = run_label(attn_types[folder], folder)
+        of_random_weights = dict(losses_of(rows, "val_loss")).get(0, math.inf)
         for column, style in (
             ("train_loss", {"linewidth": 0.6, "alpha": 0.5}),
             ("val_loss", {"marker": "o", "markersize": 3, "label": label}),
         ):
             points = [(tokens / 1e6, loss) for tokens, loss in losses_of(rows, column)]
-            if len(points) > 1 and points[0][0] == 0:
-                points = points[1:]  # the loss of random weights would squeeze the other points
+            if len(points) > 1:  # what is no better than random weights would squeeze the others
+                points = [point for point in points if point[1] < of_random_weights]
             axis.plot(*zip(*points, strict=True), **look | style)
     axis.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
     axis.legend(**LEGEND)

@@ -33,6 +33,16 @@ def test_runs_of_a_picture_can_be_told_apart(figures, tmp_path):
     assert looks(*"015") == [("black", "-"), ("black", "--"), (pictures.COLOURS[0], "-")]
 
 
+def test_what_is_no_better_than_random_weights_is_left_out(figures, tmp_path):
+    write_run(tmp_path / "annealed", "GKpoly-3", [(0, 4.5), (10**6, 5e7), (2 * 10**6, 1.5)])
+    write_run(tmp_path / "worse", "GK", [(0, 4.5), (10**6, 4.6)])
+    pictures.draw_losses([tmp_path / "annealed", tmp_path / "worse"], tmp_path)
+    lines = figures["loss"].axes[0].lines
+    assert [list(line.get_xydata().tolist()) for line in lines if len(line.get_xydata())] == [
+        [[2.0, 1.5]]
+    ]
+
+
 def test_a_run_of_some_length_leaves_its_pictures(run_train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PICTURES_FROM", 4)
     args = ["--stats_interval=2", "--attn_type=GK", "--n_layer=1"]
