@@ -22,7 +22,7 @@ train: .venv/run  ## train a model with one layer and one head, then draw a text
 	@echo "    $(PY) plot.py loss $(OUT) out-SM"
 
 test: .venv/dev  ## run the tests, except the slow ones, in two processes
-	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 -m "not slow and not exhaustive" $(ARGS)
 
 test-slow: .venv/dev  ## run the tests that `make test` leaves out
 	$(PY) -m pytest -n 2 -m slow $(ARGS)

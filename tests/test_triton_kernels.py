@@ -293,9 +293,10 @@ def test_what_can_not_run_is_declined_in_one_line(name, head_size, dtype, device
 # Compiled for sm_90, without a GPU
 
 KERNELS = triton_kernels.KERNELS
-# What a thread may spill to its stack, in bytes: 32 are eight values. At 256 dkv spills whatever
-# the tile is.
-MAX_STACK = {64: 32, 128: 96, 256: 512}
+# What a thread may spill to its stack, in bytes, by head size: 32 are eight values. The masks of 80
+# take registers where reaches are learned, and at 256 dkv spills whatever the tile is.
+MAX_STACK = {32: 32, 64: 32, 80: 192, 128: 96, 256: 640}
+HARDEST = ("GK", "GKpoly-8", "PA_gelu")  # of those in NAMES: with the most values at a time
 MODES = {  # of a decay: what compile_kernel takes, and the programs per multiprocessor at 64
     "no decay": ({}, {"forward": 2, "dq": 3, "dkv": 2}),
     "decay": ({"decays": True}, {"forward": 2, "dq": 2, "dkv": 2}),
@@ -326,7 +327,7 @@ def faults(kernel, mode, name, head_size) -> list[str]:
     wrong = {
         "no wgmma": "wgmma.mma_async" not in compiled.asm["ptx"],
         "serialised": used.serialised,
-        f"{used.stack} bytes spilled": used.stack > MAX_STACK[padded],
+        f"{used.stack} bytes spilled": used.stack > MAX_STACK[head_size],
         f"{used.shared} bytes shared": used.shared > triton_kernels.HOPPER_SHARED_BYTES,
         f"{used.registers} registers, {used.shared} bytes shared: fewer than {programs} programs": (
             programs * registers > 65536 or programs * (used.shared + 1024) > 228 * 1024
@@ -342,11 +343,14 @@ def test_block_sizes_neither_serialise_nor_spill(kernel, mode):
 
 
 @compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "head_size, names",
+    [pytest.param(hs, HARDEST, marks=pytest.mark.slow) for hs in (64, 128)]
+    + [pytest.param(hs, NAMES, marks=pytest.mark.exhaustive) for hs in MAX_STACK],
+)
 @pytest.mark.parametrize("kernel, mode", CASES)
-def test_no_shipped_configuration_serialises_or_spills(kernel, mode, head_size):
-    found = {name: faults(kernel, mode, name, head_size) for name in NAMES}
+def test_no_shipped_configuration_serialises_or_spills(kernel, mode, head_size, names):
+    found = {name: faults(kernel, mode, name, head_size) for name in names}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 

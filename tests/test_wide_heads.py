@@ -216,8 +216,11 @@ def check(launch: tuple, stack=32, registers=255) -> None:
 
 
 @compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*NAMES, "GKpoly-16"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("GK", marks=pytest.mark.slow)]
+    + [pytest.param(name, marks=pytest.mark.exhaustive) for name in (*NAMES, "GKpoly-16")],
+)
 def test_every_kernel_compiles_for_hopper_without_serial_products_or_spills(monkeypatch, name):
     for key, launch in distinct(launches(monkeypatch, name)).items():
         if key.startswith("norm_kernel"):
@@ -228,7 +231,7 @@ def test_every_kernel_compiles_for_hopper_without_serial_products_or_spills(monk
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["GK", "PA_gelu"])
 def test_a_decay_ragged_blocks_and_a_single_position_compile_for_hopper(monkeypatch, name):
     reach = torch.tensor([8.0])
