@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -415,6 +415,9 @@ def student_of(teacher: GPT, config, given: dict) -> GPT:
 def match_architecture(model: GPT, given: dict, source: Path | str, resumes: bool) -> None:
     """Crop the model to a smaller block_size that the user gave, unless a run `resumes`. Raises
     UserError if the user gave anything else that the weights do not have."""
+    if resumes:  # a run records no key that means nothing to its attention, as attn_center to SM
+        asked = replace(model.config, **{key: given[key] for key in given if key in KEPT})
+        given = given | {key: getattr(asked, key) for key in KEPT}
     for key in (*KEPT, *ARCHITECTURE) if resumes else ARCHITECTURE:
         has, wanted = getattr(model.config, key), given.get(key)
         if wanted in (None, has):

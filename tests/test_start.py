@@ -31,6 +31,14 @@ def test_resume_with_another_model_is_refused(run, run_train, data_dir, given):
     assert ("finetune" in failed.value.stderr) == ("attn_type" in given)
 
 
+@pytest.mark.parametrize(
+    "given", [["--attn_decay=fixed", "--attn_center=True"], ["--pa_length_power=0.5"]]
+)
+def test_a_run_resumes_with_the_keys_that_meant_nothing_to_its_attention(run_train, given):
+    run_train("--out_dir=run", "--attn_type=SM", *given)
+    run_train("--out_dir=run", "--attn_type=SM", *given, "--init_from=resume")
+
+
 def test_finetune_changes_the_attention_and_never_its_source(run, run_train, tmp_path, data_dir):
     run_train("--out_dir=run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
