@@ -181,6 +181,11 @@ def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
             raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
     if given.get("pa_length_power", 1.0) != 1.0 and config.attn_decay != "none":
         raise UserError("pa_length_power does nothing with --attn_decay; leave one of them out")
+    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
+        repair = "pass --attn_decay=fixed, or --attn_center=False"
+        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
+    if config.anneal_iters and (remark := about_annealing(config)):
+        rt.print(f"anneal_iters={config.anneal_iters}: {remark}")
     if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
         check_trajectory(config_class(**saved), config, path)
     return config, checkpoint, path
@@ -269,6 +274,15 @@ def matching_steps(config) -> int:
     if config.teacher is None:
         return 0
     return config.max_iters // 2 if config.distill_iters is None else config.distill_iters
+
+
+def about_annealing(config) -> str | None:
+    """What the user should know if anneal_iters has no effect, or lasts too long; None if fine."""
+    if config.norm != "fixed" and config.mlp_act not in ("quad", "quartic"):
+        return "nothing to anneal without --norm=fixed, --mlp_act=quad or --mlp_act=quartic"
+    if matching_steps(config) + config.anneal_iters > config.max_iters:
+        return "not done by max_iters; until it is, the validation loss, of the polynomial, is huge"
+    return None
 
 
 def model_overrides(config) -> dict:

@@ -165,11 +165,20 @@ def test_data_that_changed_since_are_noticed(run_train, tmp_path, data_dir):
     run_train("--out_dir=run", "--init_from=resume", "--allow_mismatch=True")
 
 
-@pytest.mark.parametrize("given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4"])
+@pytest.mark.parametrize(
+    "given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4", "attn_center=True"]
+)
 def test_what_would_do_nothing_is_refused(run_train, tmp_path, given):
     with pytest.raises(Failed, match=f"{given}.* does nothing without --") as failed:
-        run_train("--out_dir=run", f"--{given}")
+        run_train("--out_dir=run", "--attn_type=GK", f"--{given}")
     assert failed.value.code == 2 and not (tmp_path / "run").exists()
+
+
+def test_an_annealing_without_effect_or_end_is_remarked(run_train):
+    quartic = ["--mlp_act=quartic", "--anneal_iters=3"]
+    assert "anneal_iters=3: nothing to anneal" in run_train("--out_dir=a", "--anneal_iters=3")
+    assert "anneal_iters=3: not done" in run_train("--out_dir=b", *quartic, "--max_iters=2")
+    assert "anneal_iters=3:" not in run_train("--out_dir=c", *quartic, "--max_iters=3")
 
 
 def test_after_a_restart_by_torchrun_the_run_goes_on_whatever_init_from_was(
