@@ -111,6 +111,9 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(model.config, key))
     config.distill_iters = matching_steps(config) if config.teacher else None
+    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
+        repair = "pass --attn_decay=fixed, or --attn_center=False"
+        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
     if data:
         data.check_length(config.block_size)
     norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
@@ -119,6 +122,8 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
         layers.calibrate(model, *rt.to_device(batch[0]), rt)
     trains = data and not config.eval_only
+    if trains and config.anneal_iters and (remark := about_annealing(config)):
+        rt.print(f"anneal_iters={config.anneal_iters}: {remark}")
     fingerprint = rt.from_main(data.fingerprint) if trains else None
     if config.init_from == "resume" and trains:
         if not config.allow_mismatch:
@@ -181,11 +186,6 @@ def read_config(config_class: type, given: dict, rt: Runtime) -> tuple:
             raise UserError(f"{key}={given[key]} does nothing without --{other}; leave it out")
     if given.get("pa_length_power", 1.0) != 1.0 and config.attn_decay != "none":
         raise UserError("pa_length_power does nothing with --attn_decay; leave one of them out")
-    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
-        repair = "pass --attn_decay=fixed, or --attn_center=False"
-        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
-    if config.anneal_iters and (remark := about_annealing(config)):
-        rt.print(f"anneal_iters={config.anneal_iters}: {remark}")
     if config.init_from == "resume" and not (config.allow_mismatch or config.eval_only):
         check_trajectory(config_class(**saved), config, path)
     return config, checkpoint, path
