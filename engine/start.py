@@ -116,8 +116,7 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
     if data:
         data.check_length(config.block_size)
-    norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
-    if data and model.config.norm == "fixed" != norm_before:
+    if data and config.init_from != "resume" and layers.norms_are_new(model):
         B, T = config.batch_size, model.config.block_size
         batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
         layers.calibrate(model, *rt.to_device(batch[0]), rt)
