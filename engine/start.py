@@ -278,9 +278,9 @@ def matching_steps(config) -> int:
 def about_annealing(config) -> str | None:
     """What the user should know if anneal_iters has no effect, or lasts too long; None if fine."""
     if config.norm != "fixed" and config.mlp_act not in ("quad", "quartic"):
-        return "nothing to anneal without --norm=fixed, --mlp_act=quad or --mlp_act=quartic"
+        return "no effect without --norm=fixed, --mlp_act=quad or --mlp_act=quartic"
     if matching_steps(config) + config.anneal_iters > config.max_iters:
-        return "not done by max_iters; until it is, the validation loss, of the polynomial, is huge"
+        return "longer than the run; until it is over, the loss of the polynomial itself is huge"
     return None
 
 

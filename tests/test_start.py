@@ -176,8 +176,8 @@ def test_what_would_do_nothing_is_refused(run_train, tmp_path, given):
 
 def test_an_annealing_without_effect_or_end_is_remarked(run_train):
     quartic = ["--mlp_act=quartic", "--anneal_iters=3"]
-    assert "anneal_iters=3: nothing to anneal" in run_train("--out_dir=a", "--anneal_iters=3")
-    assert "anneal_iters=3: not done" in run_train("--out_dir=b", *quartic, "--max_iters=2")
+    assert "anneal_iters=3: no effect" in run_train("--out_dir=a", "--anneal_iters=3")
+    assert "anneal_iters=3: longer" in run_train("--out_dir=b", *quartic, "--max_iters=2")
     assert "anneal_iters=3:" not in run_train("--out_dir=c", *quartic, "--max_iters=3")
 
 
