@@ -111,9 +111,7 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(model.config, key))
     config.distill_iters = matching_steps(config) if config.teacher else None
-    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
-        repair = "pass --attn_decay=fixed, or --attn_center=False"
-        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
+    check_effect(config, given, rt)
     if data:
         data.check_length(config.block_size)
     if data and config.init_from != "resume" and layers.norms_are_new(model):
@@ -121,8 +119,6 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
         batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
         layers.calibrate(model, *rt.to_device(batch[0]), rt)
     trains = data and not config.eval_only
-    if trains and config.anneal_iters and (remark := about_annealing(config)):
-        rt.print(f"anneal_iters={config.anneal_iters}: {remark}")
     fingerprint = rt.from_main(data.fingerprint) if trains else None
     if config.init_from == "resume" and trains:
         if not config.allow_mismatch:
@@ -275,13 +271,20 @@ def matching_steps(config) -> int:
     return config.max_iters // 2 if config.distill_iters is None else config.distill_iters
 
 
-def about_annealing(config) -> str | None:
-    """What the user should know if anneal_iters has no effect, or lasts too long; None if fine."""
+def check_effect(config, given: dict, rt: Runtime) -> None:
+    """Raise UserError for attn_center without a decay. Print a line on anneal_iters, which config
+    files set, if it has no effect or no end. `config` has the keys of the model that is trained."""
+    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
+        repair = "pass --attn_decay=fixed, or --attn_center=False"
+        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
+    if not config.anneal_iters or config.eval_only:
+        return
+    annealing = f"anneal_iters={config.anneal_iters}"
     if config.norm != "fixed" and config.mlp_act not in ("quad", "quartic"):
-        return "no effect without --norm=fixed, --mlp_act=quad or --mlp_act=quartic"
-    if matching_steps(config) + config.anneal_iters > config.max_iters:
-        return "longer than the run; until it is over, the loss of the polynomial itself is huge"
-    return None
+        rt.print(f"{annealing}: no effect without --norm=fixed, --mlp_act=quad or quartic")
+    elif matching_steps(config) + config.anneal_iters > config.max_iters:
+        remark = "longer than the run; until it is over, the loss of the polynomial itself is huge"
+        rt.print(f"{annealing}: {remark}")
 
 
 def model_overrides(config) -> dict:
