@@ -146,9 +146,9 @@ class TrainingStep:
         rt.place(self.raw_model)
         if config.checkpoint_activations and nanogpt is None:
             sharding.checkpoint_activations(self.raw_model)
-        self.optimizer = self.raw_model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), rt.device_type
-        )
+        kind = (config.optimizer,) if nanogpt is None else ()
+        options = config.weight_decay, config.learning_rate, (config.beta1, config.beta2)
+        self.optimizer = self.raw_model.configure_optimizers(*options, rt.device_type, *kind)
         if nanogpt is not None:
             without_keywords = lambda module, args, keywords: (args, {})  # not with_logits
             self.raw_model.register_forward_pre_hook(without_keywords, with_kwargs=True)
@@ -243,7 +243,8 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
             if impl == "FlexAttention":
                 attend = flex.attention(attn_type, T, rt.device)
             else:
-                attend = attention(attn_type, T, impl=impl, attn_decay=config.attn_decay)
+                kind = {"attn_decay": config.attn_decay, "attn_center": config.attn_center}
+                attend = attention(attn_type, T, config.pa_length_power, impl, **kind)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
             forwards.append(measured_here(partial(torch.no_grad()(attend), q, k, v), rt))
             both_ways.append(measured_here(partial(forward_backward, attend, q, k, v, dy), rt))

@@ -6,10 +6,10 @@ Attentions side by side, each at its best learning rate: what a GPT loses or gai
     python compare.py --base=train_gpt2 --attn_types=SM,GK --learning_rates=6e-4 --jobs=2
     python compare.py config/compare_11.py --vary="n_layer=1,2,4 attn_decay=none,fixed"
 
-Each combination of the lists is trained by a train.py of its own. All see
-the same tokens, as a batch is a function of the seed and the step. The same command, started again,
-goes on where it stopped: it trains what is missing or was trained with other settings. OUT_DIR then
-holds results.csv (a row per run), report.md, its pictures, and the folder and output of each run.
+Each combination of the lists is trained by a train.py of its own. All see the same tokens, as a
+batch is a function of the seed and the step. The same command, started again, goes on where it
+stopped: it trains what is missing or was trained with other settings. OUT_DIR then holds
+results.csv (a row per run), report.md, its pictures, and the folder and output of each run.
 """
 
 import csv

@@ -392,8 +392,12 @@ LONGEST = 480
 
 
 def record(out: Path, stage: str, **results: object) -> dict:
-    """Join results of a stage with those in the file; returns all of this stage's."""
-    stages = json.loads(out.read_text()) if out.exists() else {}
+    """Join results of a stage with those in the file; returns all of this stage's. Raises UserError
+    if the file holds something else."""
+    try:
+        stages = json.loads(out.read_text()) if out.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{out} holds no results; move it, or pass another --out") from error
     stages[stage] = stages.get(stage, {}) | results
     with whole_file(out) as file:
         file.write(json.dumps(stages, indent=1) + "\n")
@@ -457,7 +461,7 @@ def table(name: str, results: dict) -> str:
 
 def main() -> None:
     config = Config(**configurator.parse(Config, sys.argv[1:]))
-    names = (config.stage or config.stages or ",".join(STAGES)).split(",")
+    names = [config.stage] if config.stage else (config.stages or ",".join(STAGES)).split(",")
     for name in names:
         if name not in STAGES:
             raise UserError(f"{name} is no stage; there are {', '.join(STAGES)}")

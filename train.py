@@ -94,7 +94,7 @@ class Config:
     lora_targets: str = "attn.c_attn,attn.c_proj"  # Layers with adapters; mlp.c_fc, mlp.c_proj too
 
     # Conversion to norm=fixed, mlp_act=quad or quartic
-    anneal_iters: int = 0  # Steps in which they gradually replace LayerNorm and GELU
+    anneal_iters: int = 0  # Steps, after distill_iters, to gradually replace LayerNorm and GELU
 
     # Conversion (init_from=distill): match the teacher's attention, then train the whole model
     teacher: str | None = None  # Teacher: a run's folder, a GPT-2 name, or an exported folder
@@ -334,7 +334,7 @@ def loop(
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        layers.anneal(model, step, config.anneal_iters)
+        layers.anneal(model, max(0, step - n_matching), config.anneal_iters)
         began = time.perf_counter()
         result = train_step(trainee.model, optimizer, scaler, batches, rt, config, step)
         loss, norm, updated = result

@@ -116,6 +116,11 @@ def fixed_norms(model: nn.Module) -> list[FixedNorm]:
     return [module for module in model.modules() if isinstance(module, FixedNorm)]
 
 
+def norms_are_new(model: nn.Module) -> bool:
+    """Whether there are FixedNorms whose std is the 1 of a new one, as it came with no weights."""
+    return any(norm.std == 1 for norm in fixed_norms(model))
+
+
 @torch.no_grad()
 def track(model: nn.Module, rt: Any, updated: bool) -> None:
     """Let every FixedNorm's std follow what its micro-steps on all ranks have seen, unless the

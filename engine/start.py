@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,10 +111,10 @@ def begin(config_class: type, given: dict, rt: Runtime) -> Start:
     for key in (*ARCHITECTURE, *KEPT):
         setattr(config, key, getattr(model.config, key))
     config.distill_iters = matching_steps(config) if config.teacher else None
+    check_effect(config, given, rt)
     if data:
         data.check_length(config.block_size)
-    norm_before = checkpoint and ckpt.config_of(checkpoint, path).norm
-    if data and model.config.norm == "fixed" != norm_before:
+    if data and config.init_from != "resume" and layers.norms_are_new(model):
         B, T = config.batch_size, model.config.block_size
         batch = data.batch("train", Purpose.TRAIN, config.seed, 0, 0, B, T)
         layers.calibrate(model, *rt.to_device(batch[0]), rt)
@@ -271,6 +271,22 @@ def matching_steps(config) -> int:
     return config.max_iters // 2 if config.distill_iters is None else config.distill_iters
 
 
+def check_effect(config, given: dict, rt: Runtime) -> None:
+    """Raise UserError for attn_center without a decay. Print a line on anneal_iters, which config
+    files set, if it has no effect or no end. `config` has the keys of the model that is trained."""
+    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
+        repair = "pass --attn_decay=fixed, or --attn_center=False"
+        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
+    if not config.anneal_iters or config.eval_only:
+        return
+    annealing = f"anneal_iters={config.anneal_iters}"
+    if config.norm != "fixed" and config.mlp_act not in ("quad", "quartic"):
+        rt.print(f"{annealing}: no effect without --norm=fixed, --mlp_act=quad or quartic")
+    elif matching_steps(config) + config.anneal_iters > config.max_iters:
+        remark = "longer than the run; until it is over, the loss of the polynomial itself is huge"
+        rt.print(f"{annealing}: {remark}")
+
+
 def model_overrides(config) -> dict:
     """The fields of GPTConfig that may differ from those of the weights a model starts with."""
     return {key: getattr(config, key) for key in (*KEPT, "attn_impl", "dropout")}
@@ -415,6 +431,9 @@ def student_of(teacher: GPT, config, given: dict) -> GPT:
 def match_architecture(model: GPT, given: dict, source: Path | str, resumes: bool) -> None:
     """Crop the model to a smaller block_size that the user gave, unless a run `resumes`. Raises
     UserError if the user gave anything else that the weights do not have."""
+    if resumes:  # a run records no key that means nothing to its attention, as attn_center to SM
+        asked = replace(model.config, **{key: given[key] for key in given if key in KEPT})
+        given = given | {key: getattr(asked, key) for key in KEPT}
     for key in (*KEPT, *ARCHITECTURE) if resumes else ARCHITECTURE:
         has, wanted = getattr(model.config, key), given.get(key)
         if wanted in (None, has):

@@ -74,15 +74,13 @@ def mean(v: Tensor, t: int, visible: Tensor | None, reach: Tensor) -> Tensor:
         size = math.ceil(math.sqrt(T))
         n, i = math.ceil(T / size), j[:size, None]
         chunks = F.pad(v, (0, 0, 0, n * size - T)).view(B, nh, n, size, hs)
-        powers = torch.exp(
-            -(i - i.mT).clamp(min=0) / reach
-        ).tril()  # gamma^(i - j): (nh, size, size)
+        # gamma^(i - j): (nh, size, size)
+        powers = torch.exp(-(i - i.mT).clamp(min=0) / reach).tril()
         sums = powers[:, None] @ chunks
         ends = sums[:, :, :, -1]  # (B, nh, n, hs)
         between = (j[:n, None] - j[:n] - 1).clamp(min=0) * size
-        before = (
-            torch.exp(-between / reach).tril(-1) @ ends
-        )  # at the last token of the chunk before
+        # At the last token of the chunk before: (B, nh, n, hs)
+        before = torch.exp(-between / reach).tril(-1) @ ends
         sums = sums + torch.exp(-(i + 1) / reach)[:, None] * before[:, :, :, None]
         return sums.flatten(2, 3)[:, :, :T] / row_sums(reach, j[:, None])
 

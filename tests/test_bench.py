@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, TINY, Failed, subprocess_run
 
 import bench
+from engine.muon import MuonAdamW
 
 SMALL = [*TINY, "--n_layer=1", "--vocab_size=11", "--steps=1", "--warmup=0"]
 
@@ -55,6 +56,23 @@ def test_what_can_not_be_measured_is_one_line(run, arg, message):
     with pytest.raises(Failed, match=message) as failed:
         run("bench", *SMALL, arg)
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
+def test_options_of_attention_and_optimizer_are_those_that_are_measured(run, monkeypatch):
+    built, stepped = [], []
+    attention, train_step = bench.attention, bench.train_step
+    spy = lambda *args, **options: built.append((args, options)) or attention(*args, **options)
+    monkeypatch.setattr(bench, "attention", spy)
+    spy_step = lambda model, optimizer, *rest: (
+        stepped.append(type(optimizer)) or train_step(model, optimizer, *rest)
+    )
+    monkeypatch.setattr(bench, "train_step", spy_step)
+    table = ["--table=attention", "--attn_types=GK", "--max_T=256"]
+    run("bench", *SMALL, *table, "--attn_decay=fixed", "--attn_center=True")
+    options = {"attn_decay": "fixed", "attn_center": True}
+    assert (("GK", 256, 1.0, "blockwise"), options) in built
+    run("bench", *SMALL, "--optimizer=muon")
+    assert set(stepped) == {MuonAdamW}
 
 
 def test_the_training_step_is_profiled(run, tmp_path):

@@ -97,6 +97,16 @@ def test_a_resumed_conversion_ends_bit_for_bit(run_train, tmp_path, stop, option
         assert all(torch.equal(t, run["optimizer"]["state"][i][k]) for k, t in state.items())
 
 
+def test_norms_and_activations_are_annealed_once_the_whole_model_is_trained(run_train, tmp_path):
+    run_train("--out_dir=teacher", "--attn_type=SM")
+    options = ["--mlp_act=quartic", "--distill_iters=2", "--max_iters=4"]
+    for steps in (0, 2):
+        run_train(*DISTILL, *options, f"--anneal_iters={steps}", f"--out_dir=student{steps}")
+    plain, annealed = (rows(tmp_path / f"student{steps}") for steps in (0, 2))
+    assert [r["distill_loss"] for r in plain] == [r["distill_loss"] for r in annealed]
+    assert plain[3]["train_loss"] != annealed[3]["train_loss"]
+
+
 def test_a_finished_conversion_can_be_made_longer(run_train, tmp_path):
     run_train("--out_dir=teacher", "--attn_type=SM")
     run_train(*DISTILL, "--max_iters=4")  # two steps of each kind

@@ -84,6 +84,8 @@ def test_results_of_other_stages_stay(out):
     [
         (["--rehearse", "--stages=machine,step,sleep"], "sleep is no stage; there are machine,"),
         ([], "there is no CUDA device here; try"),
+        (["--rehearse", "--stage=machine,step"], "machine,step is no stage; there are machine,"),
+        (["--rehearse", f"--out={ROOT / 'README.md'}"], "README.md holds no results; move it"),
     ],
 )
 def test_what_can_not_be_checked_is_one_line(run, monkeypatch, args, message):

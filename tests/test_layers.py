@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import ROOT, Failed, subprocess_run
+from conftest import ROOT, TINY, Failed, subprocess_run
 from test_generation import PROMPTS, greedy, without_cache
 from test_model import erf, numpy_attention
 from test_train import same_training_state
@@ -299,6 +299,15 @@ def test_annealing_changes_its_own_steps_and_is_not_inherited(run_train, tmp_pat
     assert ckpt.load(tmp_path / "tuned" / "ckpt.pt")["config"]["anneal_iters"] == 0
     with pytest.raises(Failed, match="anneal_iters=3, not 2"):
         run_train("--out_dir=annealed", "--init_from=resume", "--anneal_iters=2")
+
+
+def test_an_exported_model_keeps_its_constants(run, run_train, data_dir):
+    pytest.importorskip("transformers")
+    run_train("--out_dir=run", *AS_FLAGS(POLYNOMIAL), "--max_iters=10")
+    run("export", "--out_dir=run", "--to=lm")
+    args = ["--eval_only=True", "--dataset=abc", f"--data_dir={data_dir}", *TINY]
+    losses = lambda *source: run("train", *source, *args).splitlines()[-1]
+    assert losses("--init_from=lm") == losses("--init_from=resume", "--out_dir=run")
 
 
 def test_weights_that_a_conversion_leaves_out_are_named(run_train, tmp_path, capsys):

@@ -31,6 +31,14 @@ def test_resume_with_another_model_is_refused(run, run_train, data_dir, given):
     assert ("finetune" in failed.value.stderr) == ("attn_type" in given)
 
 
+@pytest.mark.parametrize(
+    "given", [["--attn_decay=fixed", "--attn_center=True"], ["--pa_length_power=0.5"]]
+)
+def test_a_run_resumes_with_the_keys_that_meant_nothing_to_its_attention(run_train, given):
+    run_train("--out_dir=run", "--attn_type=SM", *given)
+    run_train("--out_dir=run", "--attn_type=SM", *given, "--init_from=resume")
+
+
 def test_finetune_changes_the_attention_and_never_its_source(run, run_train, tmp_path, data_dir):
     run_train("--out_dir=run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
@@ -157,11 +165,20 @@ def test_data_that_changed_since_are_noticed(run_train, tmp_path, data_dir):
     run_train("--out_dir=run", "--init_from=resume", "--allow_mismatch=True")
 
 
-@pytest.mark.parametrize("given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4"])
+@pytest.mark.parametrize(
+    "given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4", "attn_center=True"]
+)
 def test_what_would_do_nothing_is_refused(run_train, tmp_path, given):
     with pytest.raises(Failed, match=f"{given}.* does nothing without --") as failed:
-        run_train("--out_dir=run", f"--{given}")
+        run_train("--out_dir=run", "--attn_type=GK", f"--{given}")
     assert failed.value.code == 2 and not (tmp_path / "run").exists()
+
+
+def test_an_annealing_without_effect_or_end_is_remarked(run_train):
+    quartic = ["--mlp_act=quartic", "--anneal_iters=3"]
+    assert "anneal_iters=3: no effect" in run_train("--out_dir=a", "--anneal_iters=3")
+    assert "anneal_iters=3: longer" in run_train("--out_dir=b", *quartic, "--max_iters=2")
+    assert "anneal_iters=3:" not in run_train("--out_dir=c", *quartic, "--max_iters=3")
 
 
 def test_after_a_restart_by_torchrun_the_run_goes_on_whatever_init_from_was(
