@@ -1,7 +1,7 @@
 # Six layers without softmax: the Gaussian kernel with a public decay and centred weights, on the
-# default data set. Minutes on a GPU. Without the decay the model hardly learns with AdamW, without
-# the centring it ends behind softmax, see docs/results.md. The other values are those of
-# train_shakespeare_char.py.
+# default data set. Minutes on a GPU. Without the decay the model hardly learns with AdamW; the
+# centring brings it closer to softmax with the same decay, see docs/results.md. The other values
+# are those of train_shakespeare_char.py.
 #
 #   python train.py config/train_gk.py
 # GKpoly-6 needs additions and multiplications only:
