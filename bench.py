@@ -243,7 +243,7 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
             if impl == "FlexAttention":
                 attend = flex.attention(attn_type, T, rt.device)
             else:
-                kind = {"attn_decay": config.attn_decay, "attn_center": config.attn_center}
+                kind = {"attn_decay": config.attn_decay, "attn_normalize": config.attn_normalize}
                 attend = attention(attn_type, T, config.pa_length_power, impl, **kind)
             rows.append({"attn_type": attn_type, "impl": impl, "T": T})
             forwards.append(measured_here(partial(torch.no_grad()(attend), q, k, v), rt))

@@ -191,7 +191,7 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
         name += f"-lr{chosen['learning_rate']:g}-seed{chosen['seed']}"
         settings = {**common, **chosen, "out_dir": str(Path(config.out_dir) / name)}
         check(Config(**settings))
-        # A key that means nothing to an attention, as attn_center to SM, gets the value that the
+        # A key that means nothing to an attention, as attn_normalize to SM, gets the value that the
         # run will record: else it would be trained again each time
         recorded = {key: getattr(model_config(Config(**settings)), key) for key in KEPT}
         settings |= {key: recorded[key] for key in recorded.keys() & settings.keys()}

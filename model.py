@@ -8,8 +8,8 @@ A GPT whose attention is pluggable. Read it from top to bottom:
 Shapes: B batch, T sequence length, C embedding width, nh heads, hs = C / nh head size,
 V vocabulary, L the fixed length by which pointwise attention is divided.
 
-Departures from GPT-2: `attn_type`, `attn_decay`, `attn_center`, biases that can be left out, LoRA
-adapters, and the options of engine/layers.py: `norm`, `mlp_act`, `position`, `qk_norm`.
+Departures from GPT-2: `attn_type`, `attn_decay`, `attn_normalize`, biases that can be left out,
+LoRA adapters, and the options of engine/layers.py: `norm`, `mlp_act`, `position`, `qk_norm`.
 State-dict names and shapes are nanoGPT's, so that checkpoints travel both ways.
 """
 
@@ -33,7 +33,7 @@ from kernels.choice import Device, Implementation
 #
 # y = A v, with A[i, j] = 0 for j > i. Softmax (SM) normalises each row of A. All others have one
 # form: a score, a pointwise function of it, zeros above the diagonal, times v. An attn_decay
-# weakens A by constants that depend on i - j (kernels/decay.py), and attn_center makes its rows
+# weakens A by constants that depend on i - j (kernels/decay.py), and attn_normalize makes its rows
 # sum to 1. With c = 1/sqrt(hs):
 #
 #     score 'dot'        x[i, j] = c q_i . k_j
@@ -131,18 +131,30 @@ def pointwise_attention(
         return (A @ v.to(wide)).to(v.dtype)
 
 
-def centred_attention(
-    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dropout, visible, reach: Tensor
-) -> Tensor:
-    """y_i = m_i + sum_j A[i, j] (v_j - m_i), where m_i is the mean of v under the decay alone. Rows
-    of these weights, D_ij (f(x_ij) + 1 - sum_l D_il f(x_il)) with D the decay's, sum to 1, and so
-    the gradient of a score sees how v_j differs from m_i, as softmax's does from y_i. GK's weights
-    are not negative. It takes additions and one product, and GKpoly-n stays a polynomial."""
+def can_normalize(variant: Pointwise | None) -> bool:
+    """Whether attn_normalize applies: the weights lie between 0 and 1, and no softmax made them."""
+    return variant is not None and variant.score == "distance"
+
+
+def normalised_attention(
+    attend: Callable[..., Tensor], terms: int, q: Tensor, k: Tensor, v: Tensor, dropout, visible,
+    reach: Tensor,
+) -> Tensor:  # fmt: skip
+    """A with rows of sum 1, by additions and products alone: 1 / s_i = sum_n (1 - s_i)^n, where s_i
+    is the sum of row i. The first `terms` terms, a power of two, divide the weights; the mean m_i
+    of v under the decay alone gets what is left of 1:
+
+        y_i = sum_(n < terms) (1 - s_i)^n sum_j A[i, j] v_j + (1 - s_i)^terms m_i
+
+    No weight is negative where 0 <= s_i <= 1, as for GK and GKpoly-n in its range."""
     with_ones = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # (B, nh, T, hs + 1)
     both = attend(q, k, with_ones, dropout=dropout, visible=visible, reach=reach)
     y, row_sum = both.split((v.size(-1), 1), dim=-1)
+    rest = 1 - row_sum
+    while terms > 1:  # 1 + r + r^2 + r^3 + ... = (1 + r)(1 + r^2)...
+        y, rest, terms = y * (1 + rest), rest * rest, terms // 2
     m = decay.mean(v, q.size(2), visible, reach)  # float32 at least
-    return (y + (1 - row_sum) * m).to(v.dtype)
+    return (y + rest * m).to(v.dtype)
 
 
 def softmax_attention(
@@ -180,15 +192,17 @@ choose._dynamo_marked_constant = True
 
 def attention(
     attn_type: str, block_size: int, pa_length_power=1.0, impl="auto", attn_decay="none",
-    attn_center=False,
+    attn_normalize=0,
 ) -> Callable[..., Tensor]:  # fmt: skip
     """The causal attention `attn_type`, as a callable (q, k, v, dropout=0.0, visible=None,
     reach=None) -> y. PA_f divides by block_size ** pa_length_power, where `block_size` is L, the
     model's length in training and never that of the present input: no row depends on what follows
     it. The row sums of a decay replace that divisor; its `reach`, (nh,), may be given, and is else
-    the fixed one for L. With a decay, `attn_center` gives rows the sum 1, see `centred_attention`.
-    Raises ValueError for an unknown attn_type, and when called if `impl` can't run."""
+    the fixed one for L. With a decay, `attn_normalize` gives rows the sum 1, see
+    `normalised_attention`. Raises ValueError for an unknown attn_type, and when called if `impl`
+    can't run."""
     variant, decays = parse_attn_type(attn_type), attn_decay != "none"
+    terms = attn_normalize if decays and can_normalize(variant) else 0
     divisor = 1.0
     if variant and variant.by_length and not decays:
         divisor = float(block_size) ** pa_length_power
@@ -197,8 +211,8 @@ def attention(
     def attend(q, k, v, dropout=0.0, visible=None, reach=None):
         if decays and reach is None:
             reach = decay.fixed_reach(q.size(1), block_size)
-        if attn_center and decays and variant:
-            return centred_attention(plain, q, k, v, dropout, visible, reach)
+        if terms:
+            return normalised_attention(plain, terms, q, k, v, dropout, visible, reach)
         return plain(q, k, v, dropout, visible, reach)
 
     def plain(q, k, v, dropout, visible, reach):
@@ -237,7 +251,7 @@ class GPTConfig:
     # nanoGPT has none of the keys below
     attn_type: str = "SM"
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # see kernels/decay.py
-    attn_center: bool = False  # with a decay: rows of A sum to 1, see centred_attention
+    attn_normalize: int = 0  # terms, with a decay: rows of A sum to 1, see normalised_attention
     pa_length: int | None = None  # L of PA_f and the decay; None: block_size. Cropping keeps it
     pa_length_power: float = 1.0
     gelu: Literal["none", "tanh"] = "none"  # exact as in nanoGPT, or the form of OpenAI's GPT-2
@@ -269,7 +283,9 @@ class GPTConfig:
             if get_origin(field.type) is Literal:
                 allowed = get_args(field.type)
                 require(field.name, allowed.__contains__, f"one of {', '.join(allowed)}")
-        require("qk_norm attn_center", lambda v: type(v) is bool, "True or False")
+        require("qk_norm", lambda v: type(v) is bool, "True or False")
+        terms = (0, 1, 2, 4, 8, 16, 32)
+        require("attn_normalize", lambda v: whole(v) and v in terms, f"one of {terms}")
         if self.position == "rope":
             even = lambda v: v // self.n_head % 2 == 0
             require("n_embd", even, f"an even multiple of n_head={self.n_head}, as rope needs")
@@ -279,8 +295,8 @@ class GPTConfig:
         self.pa_length = (self.pa_length or self.block_size) if by_length or decays else None
         if decays or not by_length:  # it means nothing, and nanoGPT does not know it
             self.pa_length_power = GPTConfig.pa_length_power
-        if not (variant and decays):  # likewise
-            self.attn_center = False
+        if not (decays and can_normalize(variant)):  # likewise
+            self.attn_normalize = 0
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default, so
@@ -300,7 +316,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         L = config.pa_length or config.block_size
-        args = config.pa_length_power, config.attn_impl, config.attn_decay, config.attn_center
+        args = config.pa_length_power, config.attn_impl, config.attn_decay, config.attn_normalize
         self.attend = attention(config.attn_type, L, *args)
         fixed = decay.fixed_reach(self.n_head, L) if config.attn_decay != "none" else None
         self.fixed_reach, self.log_reach = fixed, None

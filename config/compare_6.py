@@ -5,7 +5,7 @@
 #   python compare.py config/compare_6.py
 #   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6
 # With the decay alone:
-#   python compare.py config/compare_6.py --attn_center=False --out_dir=out-decay-6
+#   python compare.py config/compare_6.py --attn_normalize=False --out_dir=out-decay-6
 # A part of the runs, here six of them:
 #   python compare.py config/compare_6.py --attn_types=SM,GK,GKpoly-6 --learning_rates=6e-3 \
 #       --vary="attn_decay=fixed optimizer=adamw"

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from engine import layers
 from kernels import decay
-from model import centred_attention, parse_attn_type, pointwise_attention, softmax_attention
+from model import normalised_attention, parse_attn_type, pointwise_attention, softmax_attention
 
 
 class PluggableConfig(GPT2Config):
@@ -27,7 +27,7 @@ class PluggableConfig(GPT2Config):
     model_type = "pluggable_gpt"
     attn_type: str = "SM"
     attn_decay: str = "none"
-    attn_center: bool = False
+    attn_normalize: int = 0
     pa_length: int | None = None
     pa_length_power: float = 1.0
     norm: str = "layer"
@@ -65,8 +65,8 @@ def attend(
         divisor = float(L) ** config.pa_length_power if by_length else 1.0
         plain = partial(pointwise_attention, variant=variant, divisor=divisor)
     options = {"dropout": dropout, "visible": visible, "reach": reach}
-    if config.attn_center:
-        y = centred_attention(plain, q, k, v, **options)
+    if config.attn_normalize:
+        y = normalised_attention(plain, config.attn_normalize, q, k, v, **options)
     else:
         y = plain(q, k, v, **options)
     return y.transpose(1, 2), None

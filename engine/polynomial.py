@@ -133,7 +133,7 @@ def check(config: GPTConfig) -> None:
         "mlp_act": ["quad", "quartic"],
         "position": ["learned"],
         "qk_norm": [False],
-        "attn_center": [False],
+        "attn_normalize": [0],
     }
     for key, allowed in can_be_folded.items():
         if (value := getattr(config, key)) not in allowed:

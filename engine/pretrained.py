@@ -12,7 +12,7 @@ from engine.layers import OPTIONS
 from engine.network import HUB, reachable
 
 # The keys of config.json that the models of modeling_pluggable.py have, and GPT-2 does not
-OWN_ARGS = ("attn_type", "attn_decay", "attn_center", "pa_length", "pa_length_power", *OPTIONS)
+OWN_ARGS = ("attn_type", "attn_decay", "attn_normalize", "pa_length", "pa_length_power", *OPTIONS)
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 # transformers keeps these matrices of GPT-2 as (in, out), while nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -93,9 +93,10 @@ def row_blocks(
                     x = x.clamp(max=0)  # above 0 there are rounding errors only
                 A = variant.f(x).masked_fill(~causal, 0) / divisor
                 A = decay.apply(A[None], None, reach)[0]
-                if config.attn_center:
+                if config.attn_normalize:
                     share = decay.apply(causal.to(A.dtype).expand_as(A)[None], None, reach)[0]
-                    A = A + share * (1 - A.sum(-1, keepdim=True))
+                    rest, terms = 1 - A.sum(-1, keepdim=True), config.attn_normalize
+                    A = A * sum(rest**n for n in range(terms)) + share * rest**terms
             yield x, causal, A
 
 

@@ -37,7 +37,7 @@ from model import GPT, GPTConfig, choose
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias", "block_size", "position")
 # What a resumed run can't change, while a finetune may
 KEPT = (
-    "attn_type attn_decay attn_center pa_length_power norm mlp_act qk_norm lora_rank lora_alpha "
+    "attn_type attn_decay attn_normalize pa_length_power norm mlp_act qk_norm lora_rank lora_alpha "
     "lora_targets"
 ).split()
 # Of GPTConfig: a teacher has no dropout, and its adapters are part of its weights
@@ -272,11 +272,13 @@ def matching_steps(config) -> int:
 
 
 def check_effect(config, given: dict, rt: Runtime) -> None:
-    """Raise UserError for attn_center without a decay. Print a line on anneal_iters, which config
-    files set, if it has no effect or no end. `config` has the keys of the model that is trained."""
-    if given.get("attn_center") and config.attn_decay == "none" and config.attn_type != "SM":
-        repair = "pass --attn_decay=fixed, or --attn_center=False"
-        raise UserError(f"attn_center=True does nothing without --attn_decay; {repair}")
+    """Raise UserError if the model has no use for attn_normalize. Print a line on anneal_iters,
+    which config files set, if it has no effect or no end. `config` has the keys of the model."""
+    terms = given.get("attn_normalize")
+    if terms and not config.attn_normalize and config.attn_type != "SM":  # whose rows sum to 1
+        needed = "--attn_decay=fixed or learned, with GK or GKpoly-n"
+        problem = f"attn_normalize={terms} does nothing without {needed}"
+        raise UserError(f"{problem}; pass these, or --attn_normalize=0")
     if not config.anneal_iters or config.eval_only:
         return
     annealing = f"anneal_iters={config.anneal_iters}"
@@ -431,7 +433,7 @@ def student_of(teacher: GPT, config, given: dict) -> GPT:
 def match_architecture(model: GPT, given: dict, source: Path | str, resumes: bool) -> None:
     """Crop the model to a smaller block_size that the user gave, unless a run `resumes`. Raises
     UserError if the user gave anything else that the weights do not have."""
-    if resumes:  # a run records no key that means nothing to its attention, as attn_center to SM
+    if resumes:  # a run records no key that means nothing to its attention, as attn_normalize to SM
         asked = replace(model.config, **{key: given[key] for key in given if key in KEPT})
         given = given | {key: getattr(asked, key) for key in KEPT}
     for key in (*KEPT, *ARCHITECTURE) if resumes else ARCHITECTURE:

@@ -68,8 +68,8 @@ def test_options_of_attention_and_optimizer_are_those_that_are_measured(run, mon
     )
     monkeypatch.setattr(bench, "train_step", spy_step)
     table = ["--table=attention", "--attn_types=GK", "--max_T=256"]
-    run("bench", *SMALL, *table, "--attn_decay=fixed", "--attn_center=True")
-    options = {"attn_decay": "fixed", "attn_center": True}
+    run("bench", *SMALL, *table, "--attn_decay=fixed", "--attn_normalize=4")
+    options = {"attn_decay": "fixed", "attn_normalize": 4}
     assert (("GK", 256, 1.0, "blockwise"), options) in built
     run("bench", *SMALL, "--optimizer=muon")
     assert set(stepped) == {MuonAdamW}

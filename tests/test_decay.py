@@ -225,26 +225,37 @@ def test_a_model_learns_its_reaches():
 
 
 # ----------------------------------------------------------------------------
-# attn_center: rows of sum 1
+# attn_normalize: rows of sum 1
 
 
-def centred(name, impl="auto"):
-    return attention(name, L, impl=impl, attn_decay="fixed", attn_center=True)
+def normalised(name, impl="auto", terms=4):
+    return attention(name, L, impl=impl, attn_decay="fixed", attn_normalize=terms)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["GK", "GKpoly-4"])
 @pytest.mark.parametrize("nh", [1, 3])
-def test_centred_rows_are_the_decays_plus_deviations_of_the_weights_from_their_mean(name, nh):
+@pytest.mark.parametrize("terms", [1, 2, 4, 32])
+def test_terms_of_a_series_divide_the_rows_and_the_decay_gets_the_rest(name, nh, terms):
     q, k, *_ = inputs(2, nh, 17, 8)
     identity = torch.eye(17).double().expand(2, nh, 17, 17)
     A = decayed(name, "reference")(q, k, identity)
     D = written_out("PA_identity", *[torch.ones(2, nh, 17, 4).double()] * 2, identity) / 2  # x = 2
-    got = centred(name)(q, k, identity)
-    torch.testing.assert_close(got, A + D * (1 - A.sum(-1, keepdim=True)))
+    s = A.sum(-1, keepdim=True)
+    want = A * sum((1 - s) ** n for n in range(terms)) + D * (1 - s) ** terms
+    got = normalised(name, terms=terms)(q, k, identity)
+    torch.testing.assert_close(got, want)
     torch.testing.assert_close(got.sum(-1), torch.ones(2, nh, 17).double())
-    assert got.min() >= 0 or not name.startswith("GK")
-    one_row = centred(name)(q[:, :, -1:], k, identity)  # as with a cache
+    assert got.min() >= 0
+    one_row = normalised(name, terms=terms)(q[:, :, -1:], k, identity)  # as with a cache
     torch.testing.assert_close(one_row, got[:, :, -1:])
+
+
+def test_enough_terms_divide_each_row_by_its_sum():
+    q, k, v, _ = inputs(2, 3, 17, 8)
+    q, k = q / 4, k / 4
+    y, s = (decayed("GK", "reference")(q, k, t) for t in (v, torch.ones_like(v)))
+    assert s.min() > 0.5  # 0.5^32 = 2e-10
+    torch.testing.assert_close(normalised("GK", terms=32)(q, k, v), y / s)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -262,16 +273,16 @@ def test_the_mean_by_chunks_is_that_of_all_factors_at_once(dtype):
             assert (a - b).norm() <= factor * tolerance * max(1, b.norm()), shape
 
 
-@pytest.mark.parametrize("name", ["GK", "GKpoly-4", "PA_relu"])
+@pytest.mark.parametrize("name", ["GK", "GKpoly-4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_blockwise_centred_attention_is_the_plain_formula(name, dtype):
+def test_blockwise_normalised_attention_is_the_plain_formula(name, dtype):
     for shape in SHAPES:
         if shape[2] == 1:  # the only weight is 1: gradients of q and k are rounding errors
             continue
         q, k, v, dy = inputs(*shape, dtype)
         wide = (t.detach().double().requires_grad_() for t in (q, k, v))
-        want = run(centred(name, "reference"), *wide, dy.double())
-        assert_close(run(centred(name, "blockwise"), q, k, v, dy), want, TOLERANCE[dtype])
+        want = run(normalised(name, "reference"), *wide, dy.double())
+        assert_close(run(normalised(name, "blockwise"), q, k, v, dy), want, TOLERANCE[dtype])
 
 
 def test_triton_sums_rows_in_a_second_pass(monkeypatch):
@@ -283,18 +294,21 @@ def test_triton_sums_rows_in_a_second_pass(monkeypatch):
         return pointwise_attention(q, k, v, parse_attn_type("GK"), dropout=dropout, reach=reach)
 
     case = inputs(2, 3, 20, 8)
-    want = run(centred("GK", "reference"), *case)
+    want = run(normalised("GK", "reference"), *case)
     monkeypatch.setattr("model.choose", lambda *_: "triton")
     monkeypatch.setattr(triton_kernels, "attention", lambda *_: of_one_shape)
-    assert_close(run(centred("GK", "triton"), *case), want, 1e-12)
+    assert_close(run(normalised("GK", "triton"), *case), want, 1e-12)
 
 
-def test_centring_means_nothing_without_a_decay_or_for_softmax():
-    centres = lambda **args: GPTConfig(attn_center=True, **args).attn_center
-    assert centres(attn_type="GK", attn_decay="learned")
-    assert not centres(attn_type="GK") and not centres(attn_type="SM", attn_decay="fixed")
-    with pytest.raises(ValueError, match="attn_center=1 is not True or False"):
-        GPTConfig(attn_center=1)
+def test_normalising_means_nothing_without_a_decay_or_for_weights_beyond_0_to_1():
+    terms = lambda **args: GPTConfig(attn_normalize=4, **args).attn_normalize
+    assert terms(attn_type="GK", attn_decay="learned") == 4
+    assert not terms(attn_type="GK")
+    for attn_type in ("SM", "PA_relu"):
+        assert not terms(attn_type=attn_type, attn_decay="fixed")
+    for wrong in (3, True, -1, 64):
+        with pytest.raises(ValueError, match=f"attn_normalize={wrong} is not one of .*0, 1, 2, 4,"):
+            GPTConfig(attn_normalize=wrong)
 
 
 # ----------------------------------------------------------------------------
@@ -328,9 +342,9 @@ def test_without_it_nothing_changes_by_a_bit(attn_type):
 
 @pytest.mark.parametrize("attn_decay", ["fixed", "learned"])
 @pytest.mark.parametrize("attn_type", ["SM", *NAMES])
-@pytest.mark.parametrize("attn_center", [False, True])
-def test_a_cache_changes_nothing(attn_type, attn_decay, attn_center):
-    model = tiny(attn_type, attn_decay, attn_center=attn_center)
+@pytest.mark.parametrize("attn_normalize", [0, 4])
+def test_a_cache_changes_nothing(attn_type, attn_decay, attn_normalize):
+    model = tiny(attn_type, attn_decay, attn_normalize=attn_normalize)
     prompts = [torch.arange(n) for n in (2, 5, 1)]
     drawn = torch.stack(list(stream(model, prompts, 1, 9, temperature=0)), dim=1)
     for prompt, ids in zip(prompts, drawn, strict=True):
@@ -357,12 +371,12 @@ def test_its_length_is_that_of_training():
 
 
 @pytest.mark.parametrize("attn_type", ["SM", "GK", "PA_relu"])
-@pytest.mark.parametrize("attn_center", [False, True])
-def test_pictures_and_ranges_show_the_decaying_weights(attn_type, attn_center):
+@pytest.mark.parametrize("attn_normalize", [0, 4])
+def test_pictures_and_ranges_show_the_decaying_weights(attn_type, attn_normalize):
     from engine import ranges
     from engine.runtime import Runtime
 
-    model, rt = tiny(attn_type, attn_center=attn_center), Runtime("cpu", "float32", False)
+    model, rt = tiny(attn_type, attn_normalize=attn_normalize), Runtime("cpu", "float32", False)
     idx = torch.randint(31, (1, 16))
     qkv = ranges.each_layer(model, idx, rt, lambda q, k, _: (q, k))
     for (q, k), A in zip(qkv, ranges.attention_maps(model, idx, rt), strict=True):
@@ -372,9 +386,9 @@ def test_pictures_and_ranges_show_the_decaying_weights(attn_type, attn_center):
             for c in (0, 8)
         ]
         want = torch.cat(columns, -1)
-        if model.config.attn_center:
+        if model.config.attn_normalize:
             identity = torch.eye(16).expand(1, 2, 16, 16)
-            want = attention(attn_type, 16, attn_decay="fixed", attn_center=True)(q, k, identity)
+            want = attention(attn_type, 16, attn_decay="fixed", attn_normalize=4)(q, k, identity)
         torch.testing.assert_close(A[None], want, rtol=1e-4, atol=1e-6)
     rows = ranges.measure(model, idx, rt)
     if attn_type == "GK":
@@ -385,16 +399,16 @@ def test_a_run_keeps_it_and_a_finetune_may_change_it(run_train, tmp_path):
     def args_of(folder):
         return torch.load(tmp_path / folder / "ckpt.pt", weights_only=True)["model_args"]
 
-    run_train("--out_dir=run", "--attn_type=GK", "--attn_decay=fixed", "--attn_center=True")
+    run_train("--out_dir=run", "--attn_type=GK", "--attn_decay=fixed", "--attn_normalize=4")
     assert args_of("run")["attn_decay"] == "fixed" and args_of("run")["pa_length"] == 16
-    assert args_of("run")["attn_center"] is True
+    assert args_of("run")["attn_normalize"] == 4
     run_train("--init_from=resume", "--out_dir=run")
     assert args_of("run")["attn_decay"] == "fixed"
     with pytest.raises(Failed, match="attn_decay=fixed"):
         run_train("--init_from=resume", "--out_dir=run", "--attn_decay=none")
     tune = ["--init_from=finetune", "--out_dir=run", "--save_dir=tuned", "--lora_rank=2"]
     run_train(*tune, "--attn_decay=none")
-    assert not {"attn_decay", "attn_center"} & args_of("tuned").keys()
+    assert not {"attn_decay", "attn_normalize"} & args_of("tuned").keys()
     assert "pa_length" not in args_of("tuned")
     distill = ["--init_from=distill", "--teacher=tuned", "--out_dir=student"]
     run_train(*distill, "--attn_type=GKpoly-4", "--attn_decay=fixed", "--block_size=8")

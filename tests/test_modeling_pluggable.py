@@ -19,7 +19,7 @@ OPTIONS = [
     {"norm": "rms", "mlp_act": "relu-square", "position": "rope", "qk_norm": True},
     {"position": "rope", "attn_type": "PA_sigmoid", "pa_length": 24, "pa_length_power": 0.5},
     {"gelu": "tanh", "qk_norm": True, "attn_type": "GK", "attn_decay": "learned"},
-    {"attn_type": "GKpoly-4", "attn_decay": "fixed", "attn_center": True, "mlp_act": "quartic"},
+    {"attn_type": "GKpoly-4", "attn_decay": "fixed", "attn_normalize": 4, "mlp_act": "quartic"},
 ]
 EVERY = [
     {"attn_type": attn_type, "attn_decay": decay}

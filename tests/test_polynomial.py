@@ -47,7 +47,7 @@ def test_the_polynomial_equals_torch_in_float64(attn_type, decay, mlp_act, other
         (dict(mlp_act="gelu"), "mlp_act=gelu can't be encrypted, only mlp_act=quad or quartic"),
         (dict(position="rope"), "position=rope"),
         (dict(qk_norm=True), "qk_norm=True"),
-        (dict(attn_center=True), "attn_center=True"),
+        (dict(attn_normalize=4), "attn_normalize=4"),
         (dict(n_layer=2), "n_layer=2"),
         (dict(n_head=2), "n_head=2"),
         (dict(attn_type="SM"), "SM is no polynomial"),

@@ -32,7 +32,7 @@ def test_resume_with_another_model_is_refused(run, run_train, data_dir, given):
 
 
 @pytest.mark.parametrize(
-    "given", [["--attn_decay=fixed", "--attn_center=True"], ["--pa_length_power=0.5"]]
+    "given", [["--attn_decay=fixed", "--attn_normalize=4"], ["--pa_length_power=0.5"]]
 )
 def test_a_run_resumes_with_the_keys_that_meant_nothing_to_its_attention(run_train, given):
     run_train("--out_dir=run", "--attn_type=SM", *given)
@@ -166,7 +166,7 @@ def test_data_that_changed_since_are_noticed(run_train, tmp_path, data_dir):
 
 
 @pytest.mark.parametrize(
-    "given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4", "attn_center=True"]
+    "given", ["lora_alpha=8", "distill_iters=2", "eval_stride=4", "attn_normalize=4"]
 )
 def test_what_would_do_nothing_is_refused(run_train, tmp_path, given):
     with pytest.raises(Failed, match=f"{given}.* does nothing without --") as failed:
