@@ -1,11 +1,12 @@
 # Six layers: softmax and four attentions without it, with and without a public decay, with AdamW
-# and with Muon, at two learning rates and with two seeds. Weights with the decay are centred. 80
-# runs of 400 steps, three hours on 2 CPU cores; the same command goes on where it was stopped.
+# and with Muon, at two learning rates and with two seeds. With the decay, the rows of GK and
+# GKpoly-6 sum to 1. 80 runs of 400 steps, three hours on 2 CPU cores; the same command goes on
+# where it was stopped.
 #
 #   python compare.py config/compare_6.py
 #   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6
 # With the decay alone:
-#   python compare.py config/compare_6.py --attn_normalize=False --out_dir=out-decay-6
+#   python compare.py config/compare_6.py --attn_normalize=0 --out_dir=out-decay-6
 # A part of the runs, here six of them:
 #   python compare.py config/compare_6.py --attn_types=SM,GK,GKpoly-6 --learning_rates=6e-3 \
 #       --vary="attn_decay=fixed optimizer=adamw"

@@ -1,6 +1,6 @@
-# Six layers without softmax: the Gaussian kernel with a public decay and centred weights, on the
-# default data set. Minutes on a GPU. Without the decay the model hardly learns with AdamW; the
-# centring brings it closer to softmax with the same decay, see docs/results.md. The other values
+# Six layers without softmax: the Gaussian kernel with a public decay, and with rows that sum to 1,
+# on the default data set. Minutes on a GPU. Without the decay the model hardly learns with AdamW,
+# and the sums bring it close to softmax with the same decay, see docs/results.md. The other values
 # are those of train_shakespeare_char.py.
 #
 #   python train.py config/train_gk.py
@@ -14,7 +14,7 @@ out_dir = "out-gk"
 dataset = "pydocs"
 attn_type = "GK"
 attn_decay = "fixed"  # each head's weights fade with distance, over 2 to block_size / 2 tokens
-attn_normalize = 4  # the weights of each token sum to 1, by four terms of a series
+attn_normalize = 4  # each row of weights sums to 1, by 4 terms of a series
 n_layer = 6
 n_head = 6
 n_embd = 384
