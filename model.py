@@ -131,9 +131,12 @@ def pointwise_attention(
         return (A @ v.to(wide)).to(v.dtype)
 
 
-def can_normalize(variant: Pointwise | None) -> bool:
-    """Whether attn_normalize applies: the weights lie between 0 and 1, and no softmax made them."""
-    return variant is not None and variant.score == "distance"
+def terms_of(attn_normalize: int, variant: Pointwise | None, attn_decay: str) -> int:
+    """How many terms `normalised_attention` takes. More than one converge only if the weights lie
+    between 0 and 1, as those of a distance do; softmax needs none."""
+    if variant is None or attn_decay == "none":
+        return 0
+    return attn_normalize if variant.score == "distance" else min(attn_normalize, 1)
 
 
 def normalised_attention(
@@ -202,7 +205,7 @@ def attention(
     `normalised_attention`. Raises ValueError for an unknown attn_type, and when called if `impl`
     can't run."""
     variant, decays = parse_attn_type(attn_type), attn_decay != "none"
-    terms = attn_normalize if decays and can_normalize(variant) else 0
+    terms = terms_of(attn_normalize, variant, attn_decay)
     divisor = 1.0
     if variant and variant.by_length and not decays:
         divisor = float(block_size) ** pa_length_power
@@ -295,8 +298,7 @@ class GPTConfig:
         self.pa_length = (self.pa_length or self.block_size) if by_length or decays else None
         if decays or not by_length:  # it means nothing, and nanoGPT does not know it
             self.pa_length_power = GPTConfig.pa_length_power
-        if not (decays and can_normalize(variant)):  # likewise
-            self.attn_normalize = 0
+        self.attn_normalize = terms_of(self.attn_normalize, variant, self.attn_decay)
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default, so

@@ -76,7 +76,7 @@ class Config:
     attn_type: str = "SM"  # Attention: one of {ATTN_TYPES}
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
-    attn_normalize: int = 0  # GK and GKpoly-n with a decay: rows of A sum to 1; 1, 2, 4 ... terms
+    attn_normalize: int = 0  # With a decay: rows of A sum to 1, by 1, 2, 4 ... 32 terms of 1/s
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
     mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"  # See engine/layers.py

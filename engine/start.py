@@ -274,11 +274,11 @@ def matching_steps(config) -> int:
 def check_effect(config, given: dict, rt: Runtime) -> None:
     """Raise UserError if the model has no use for attn_normalize. Print a line on anneal_iters,
     which config files set, if it has no effect or no end. `config` has the keys of the model."""
-    terms = given.get("attn_normalize")
-    if terms and not config.attn_normalize and config.attn_type != "SM":  # whose rows sum to 1
-        needed = "--attn_decay=fixed or learned, with GK or GKpoly-n"
+    terms, uses = given.get("attn_normalize"), config.attn_normalize
+    if terms and terms != uses and config.attn_type != "SM":  # softmax's rows sum to 1
+        needed = "GK or GKpoly-n" if uses else "--attn_decay=fixed or learned"
         problem = f"attn_normalize={terms} does nothing without {needed}"
-        raise UserError(f"{problem}; pass these, or --attn_normalize=0")
+        raise UserError(f"{problem}; pass it, or --attn_normalize={uses}")
     if not config.anneal_iters or config.eval_only:
         return
     annealing = f"anneal_iters={config.anneal_iters}"
