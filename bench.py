@@ -216,6 +216,8 @@ def profile(config: BenchConfig, rt) -> None:
 
 
 def lengths(config: BenchConfig) -> list[int]:
+    if config.min_T > config.max_T:
+        raise UserError(f"min_T={config.min_T} is above max_T={config.max_T}; pass a lower --min_T")
     return [T for T in (config.min_T * 4**i for i in range(20)) if T <= config.max_T]
 
 

@@ -196,6 +196,10 @@ def make_trials(given: dict, config: CompareConfig) -> list[Trial]:
         recorded = {key: getattr(model_config(Config(**settings)), key) for key in KEPT}
         settings |= {key: recorded[key] for key in recorded.keys() & settings.keys()}
         trials.append(Trial(settings, Config(**settings), varied=varied))
+    terms = given.get("attn_normalize")
+    if terms and all(trial.config.attn_decay == "none" for trial in trials):
+        problem = f"attn_normalize={terms} does nothing without --attn_decay"
+        raise UserError(f"{problem}; pass --attn_decay=fixed, or --attn_normalize=0")
     check_dataset_is_named([config.base], trials[0].settings, trials[0].config)
     if common.get("init_from", "scratch") != "scratch" or common.get("eval_only"):
         raise UserError("compare.py trains from scratch; leave init_from and eval_only out")

@@ -27,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 CONFIG_DIR = ROOT / "config"
+# Keys that may hold a path, beside those that end in _dir
+PATHS = "init_from teacher to out save prompts nanogpt base".split()
 
 
 class UserError(Exception):
@@ -55,6 +57,9 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; a UserError becomes one line on stderr and exit code 2."""
     try:
+        for arg in sys.argv[1:]:
+            if arg.encode(errors="replace").decode() != arg:  # Python reads odd bytes as surrogates
+                raise UserError(f"{arg!a} is not UTF-8; rename that file, or convert the text")
         main()
     except UserError as error:
         if error.is_printed_here():
@@ -65,7 +70,9 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has gone, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.filename is None:  # it is no mistake in a path
+            raise
         print(f"error: {error.filename} can't be used: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
@@ -155,7 +162,7 @@ def convert(Config: type, key: str, value: object, source: str) -> object:
     allowed = allowed_values(Config, key, source)
     if float in allowed and type(value) is int:
         value = float(value)
-    is_path = key.endswith("_dir") or key in ("init_from", "teacher", "to", "out")
+    is_path = key.endswith("_dir") or key in PATHS
     if is_path and type(value) is str:
         value = os.path.expanduser(value)  # bash leaves the ~ of --key=~/folder alone
     is_number = type(value) is not float or math.isfinite(value)

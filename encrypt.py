@@ -187,10 +187,14 @@ def print_plan(config: object) -> None:
 
 def main() -> None:
     argv = sys.argv[1:]
-    if "--plan" in argv and any(not arg.startswith("-") for arg in argv):
+    file = next((arg for arg in argv if not arg.startswith("-")), None)
+    if file and "--plan" in argv:
         config = PlanConfig(**configurator.parse(PlanConfig, argv))
         start.check(config)
         return print_plan(config)
+    if file:
+        repair = f"train it with  python train.py {file},  then pass --out_dir=OUT in its place"
+        raise UserError(f"{file}: only --plan reads a config file, and needs no training; {repair}")
     config = Config(**configurator.parse(Config, argv))
     if config.role != "all" and config.save is None and not config.plan:
         raise UserError(f"--role={config.role} needs a folder for keys; add --save=DIR")

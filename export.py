@@ -156,7 +156,7 @@ def write_folder(
     temporary = Path(f"{to}.{os.getpid()}.tmp")
     try:
         if to.exists() and any(to.iterdir()):
-            raise UserError(f"to={to} is not empty; choose a new folder, or remove it first")
+            raise UserError(f"to={to} is not empty; choose a new folder")
         temporary.mkdir(parents=True)
         for name, content in files.items():
             (temporary / name).write_bytes(content)

@@ -56,6 +56,10 @@ def gaussian_poly(x: Tensor, n: int) -> Tensor:
     return a
 
 
+def relu_square(x: Tensor) -> Tensor:  # a lambda could not be pickled with an exported model
+    return F.relu(x).square()
+
+
 # A new attention takes one line here and nothing else. In a name that ends in `-n`, n stands for a
 # whole number that the user chooses (GKpoly-8); f receives it as its keyword argument n.
 POINTWISE = {
@@ -65,11 +69,11 @@ POINTWISE = {
     "PA_relu": Pointwise("dot", F.relu, by_length=True),
     "PA_sigmoid": Pointwise("dot", torch.sigmoid, by_length=True),
     "PA_square": Pointwise("dot", torch.square, by_length=True),
-    "PA_relu-square": Pointwise("dot", lambda x: F.relu(x).square(), by_length=True),
+    "PA_relu-square": Pointwise("dot", relu_square, by_length=True),
     "PA_silu": Pointwise("dot", F.silu, by_length=True),
     "PA_tanh": Pointwise("dot", torch.tanh, by_length=True),
     "PA_softplus": Pointwise("dot", F.softplus, by_length=True),
-    "PA_identity": Pointwise("dot", lambda x: x, by_length=True),
+    "PA_identity": Pointwise("dot", torch.positive, by_length=True),
 }
 ATTN_TYPES = ("SM", *POINTWISE)
 MAX_N = 16  # in float32, 1 + x / 2^n keeps 24 - n bits of x: beyond 16 squarings it is mostly noise

@@ -15,6 +15,7 @@ folder that --to=FOLDER names.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def main() -> None:
         print(__doc__.strip())
         return
     options = dict(arg[2:].partition("=")[::2] for arg in args if arg.startswith("--"))
+    options |= {key: os.path.expanduser(options[key]) for key in ("to", "run") if key in options}
     names = [arg for arg in args if not arg.startswith("--")]
     if len(names) < 2 or names[0] not in COMMANDS:
         usage = f"python plot.py [{'|'.join(COMMANDS)}] OUT_OR_FILE ..."

@@ -140,9 +140,9 @@ def read_prompts(start: str) -> list[str]:
     kind, _, name = start.partition(":")
     if kind not in ("FILE", "LINES", "FILES"):
         return [start]
-    paths, texts = [Path(name)], []
+    paths, texts = [Path(os.path.expanduser(name))], []
     if kind == "FILES":
-        paths = sorted(path for path in Path(name).glob("*") if path.is_file())
+        paths = sorted(path for path in paths[0].glob("*") if path.is_file())
     for path in paths:
         try:
             texts.append(path.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -240,7 +240,6 @@ def main() -> None:
         folder = Path(config.out).absolute().parent
         if not os.access(folder, os.W_OK):  # said before the work, not after it
             raise UserError(f"out={config.out} can't be written; try  mkdir -p {folder}")
-    check_utf8(config.stop or "", "stop")
     prompts = read_prompts(config.start)
     rt = runtime.start(config.device, config.dtype, config.compile)
     source = config.out_dir, config.checkpoint, config.init_from, config.data_dir

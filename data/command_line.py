@@ -30,7 +30,8 @@ def parse_args(
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    files = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
+    path = lambda text: Path(os.path.expanduser(text))  # bash leaves the ~ of --out=~/folder alone
+    files = {"type": path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
     parser.add_argument(
         "--input",
         required=input_required,
@@ -48,7 +49,7 @@ def parse_args(
         )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path(script).parent,
         metavar="DIR",
         help="folder for the .bin files and meta.json (default: %(default)s)",

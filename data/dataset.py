@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from data.meta import DATA_DIR, data_folder, held_splits, known_datasets, read_meta, tokenizer_of
+from data.meta import data_folder, held_splits, known_datasets, read_meta, tokenizer_of
 
 SCAN_LIMIT = 2**30  # bytes; files up to this size are checked whole at the start (a second or two)
 PIECE = 2**20  # bytes in each of the 1024 samples of a larger file that are hashed
@@ -57,7 +57,7 @@ class Dataset:
         splits: Sequence[str] = ("train", "val"),
     ):
         self.name, self.folder = name, data_folder(name, data_dir)
-        known = (DATA_DIR / name / "prepare.py").is_file()
+        known = name in known_datasets().split(", ")
         command = f"{name}/prepare.py" if known else "char/prepare.py --input YOUR.txt"
         self.repair = f"python data/{command}"
         if data_dir or not known:

@@ -32,8 +32,10 @@ def data_folder(name: str, data_dir: str | Path | None = None) -> Path:
 
 
 def known_datasets() -> str:
-    """The names of the data sets that have a prepare.py, separated by commas."""
-    return ", ".join(sorted(path.parent.name for path in DATA_DIR.glob("*/prepare.py")))
+    """The names of the data sets that have a prepare.py, separated by commas. That of `char` is for
+    the user's own text."""
+    names = {path.parent.name for path in DATA_DIR.glob("*/prepare.py")}
+    return ", ".join(sorted(names - {"char"}))
 
 
 def held_splits(folder: Path) -> tuple[str, ...]:

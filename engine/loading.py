@@ -50,8 +50,6 @@ def load(
 ) -> tuple[GPT, Tokenizer]:
     """A model to draw text from, on the CPU and in eval mode, and its tokenizer; the arguments are
     those of load_trained. Raises UserError if either can't be had."""
-    if init_from != "resume":
-        from_meta(meta_of_model(init_from))  # fails sooner than the weights are read
     overrides = {"dropout": 0.0, **overrides}
     trained = load_trained(out_dir, checkpoint, init_from, data_dir, **overrides)
     return trained.model, trained.tokenizer()

@@ -20,13 +20,13 @@ def run_folder(config) -> Path:
     """The folder that the run writes to. A finetune has one of its own. Links are followed, so that
     a folder on another disk stays there. Raises UserError if the run would write to the folder that
     it starts from."""
-    source = Path(config.out_dir).resolve()
+    source = Path(os.path.realpath(config.out_dir))  # resolve() fails on a loop of links
     if config.init_from == "distill" and Path(config.teacher).resolve().is_relative_to(source):
         raise UserError(f"out_dir={config.out_dir} holds the teacher; choose another")
     if config.init_from != "finetune":
         return source
     default = f"{Path(config.out_dir).absolute()}-finetune-{config.attn_type}"
-    folder = Path(config.save_dir or default).resolve()
+    folder = Path(os.path.realpath(config.save_dir or default))
     if source.is_relative_to(folder):
         raise UserError(f"save_dir={folder} holds the run to start from; choose another")
     return folder

@@ -67,7 +67,7 @@ def run_evaluation(
     are scored nevertheless."""
     about = {**about, "attn_type": model.config.attn_type, "dtype": rt.dtype}
     names = dict.fromkeys(name.strip() for name in config.datasets.split(","))
-    rows = {}
+    rows, unwritten = {}, None
     for name in names:
         message = ""
         try:
@@ -80,9 +80,14 @@ def run_evaluation(
             continue
         rows[name] = evaluate(model, task, config.batch_size, rt)
         if rt.is_main:
-            write_rows(rows, about, Path(config.out_dir))
+            try:
+                write_rows(rows, about, Path(config.out_dir))
+            except UserError as error:
+                unwritten = error
     if rt.is_main and rows:
         print(table(rows))
+    if unwritten:
+        raise unwritten
     return 0 if len(rows) == len(names) else 2
 
 

@@ -200,7 +200,7 @@ def check(config) -> None:
             raise UserError(f"{problem}; pass --{key}={path.parent}")
     for key in ("out_dir", "save_dir"):
         folder = getattr(config, key)
-        if folder is not None and Path.cwd().resolve().is_relative_to(Path(folder).resolve()):
+        if folder is not None and Path.cwd().resolve().is_relative_to(os.path.realpath(folder)):
             problem = f"{key}={folder!r} is the current folder, or around it"
             raise UserError(f"{problem}; give a run one of its own")
     if config.datasets is not None and not (config.eval_only and config.init_from != "scratch"):

@@ -49,12 +49,13 @@ def test_the_tables_are_written_as_json_and_drawn(run, tmp_path):
         ("--table=all_", "table=all_ is none of step, attention, types, lengths"),
         ("--attn_types=SM,gk", "attn_type='gk'"),
         ("--nanogpt=.", "no clone of nanoGPT"),
+        ("--max_T=8", "min_T=16 is above max_T=8; pass a lower --min_T"),
         ("--out=no/such.json", "is in a folder that is not there"),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(run, arg, message):
     with pytest.raises(Failed, match=message) as failed:
-        run("bench", *SMALL, arg)
+        run("bench", *SMALL, "--table=lengths", "--min_T=16", arg)
     assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 

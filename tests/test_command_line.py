@@ -30,6 +30,7 @@ def test_options_have_defaults_and_files_may_be_given_at_once_or_one_by_one(pars
     once, one_by_one = parse("--input", "a.txt", "b.txt"), parse("--input=a.txt", "--input=b.txt")
     assert once == one_by_one and [path.name for path in once.input] == ["a.txt", "b.txt"]
     assert parse("--tokens=1e3", tokens=10).tokens == 1000
+    assert parse("--out=~/x").out == Path.home() / "x"
 
 
 @pytest.mark.parametrize(

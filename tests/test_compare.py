@@ -188,10 +188,13 @@ def test_a_run_is_done_again_if_its_result_could_change(tmp_path):
 def test_a_run_is_not_done_again_for_a_key_that_means_nothing_to_its_attention(run, data_dir):
     args = [*COMMON, f"--data_dir={data_dir}", "--seeds=1", "--learning_rates=1e-2"]
     args += ["--attn_types=SM,PA_relu", "--pa_length_power=0.5", "--attn_normalize=4"]
+    args += ["--vary=attn_decay=none,fixed"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "start_training", train_in_this_process)
         assert "0 of them done" in run("compare", *args)
-    assert "2 of them done" in run("compare", *args)
+    assert "4 of them done" in run("compare", *args)
+    with pytest.raises(Failed, match="attn_normalize=4 does nothing without --attn_decay"):
+        run("compare", *args, "--vary=attn_decay=none")
 
 
 def test_what_a_process_that_ended_means(tmp_path):

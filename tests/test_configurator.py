@@ -162,6 +162,15 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script):
     assert done.stderr.startswith("error: unknown key") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", ["train", "bench", "compare", "sample", "encrypt", "evaluate"])
+def test_a_path_that_no_system_takes_is_one_line(run, tmp_path, script):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, said in [("x" * 300, "too long"), ("loop/x", "links|loop/x"), ("x\udcff", "UTF-8")]:
+        with pytest.raises(Failed, match=said) as failed:
+            run(script, f"--out_dir={path}", *["--profile"] * (script == "bench"))
+        assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

@@ -51,6 +51,12 @@ def test_a_config_file_is_planned_without_a_run(run):
         assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
 
 
+def test_a_config_file_without_a_plan_is_answered_with_the_command_that_trains_it(run):
+    with pytest.raises(Failed, match="only --plan reads .* python train.py train_he,") as failed:
+        run("encrypt", "train_he")
+    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

@@ -166,6 +166,15 @@ def test_what_is_not_there_is_a_line_and_the_others_go_on(
     assert not (tmp_path / "run2").exists()
 
 
+def test_a_table_that_can_not_be_written_is_printed(run_train, tmp_path, data_dir):
+    run_train("--out_dir=run")
+    (tmp_path / "run" / "eval.json.tmp").mkdir()
+    args = ["--out_dir=run", f"--data_dir={data_dir}", "--datasets=abc", "--device=cpu"]
+    done = subprocess_run(ROOT / "evaluate.py", *args, cwd=tmp_path)
+    assert done.returncode == 2 and "\nabc " in done.stdout
+    assert "eval.json can't be written" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_two_processes_write_one_table_and_the_same_row(run, run_train, tmp_path, data_dir):
     run_train("--out_dir=run", "--attn_type=GK")

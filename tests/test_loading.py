@@ -8,6 +8,7 @@ import torch
 from conftest import Failed
 from test_sample import RULER, SHORT
 
+import export
 from configurator import UserError
 from data.tokenizer import CharTokenizer
 from engine.loading import encode_prompt, load_trained
@@ -70,10 +71,11 @@ def test_gpt2_without_its_tokenizer_says_where_it_looks(run, tmp_path, monkeypat
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    (tmp_path / "hf").mkdir()
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    export.write_folder(tmp_path / "hf", model.state_dict(), model.config)
     with pytest.raises(Failed, match="TIKTOKEN_CACHE_DIR") as failed:
         run("sample", "--init_from=hf")
-    assert failed.value.code == 2 and failed.value.stderr.count("\n") == 1
+    assert failed.value.code == 2 and "\nerror: GPT-2's tokenizer is not in" in failed.value.stderr
 
 
 @pytest.mark.parametrize("loss", [None, "low", [1]])

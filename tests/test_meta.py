@@ -12,13 +12,19 @@ from conftest import Failed
 from configurator import UserError
 from data import meta as meta_module
 from data.dataset import Dataset
-from data.meta import data_folder, held_splits, read_meta
+from data.meta import data_folder, held_splits, known_datasets, read_meta
 
 
 @pytest.mark.parametrize("name", ["../abc", "/abc", "", ".", "..", "a/b", "a b"])
 def test_a_data_set_is_a_name_and_never_a_path(data_dir, name):
     with pytest.raises(UserError, match="not a name"):
         data_folder(name, data_dir)
+
+
+def test_the_script_for_any_text_is_no_data_set():
+    assert known_datasets().startswith("fineweb_edu, ")
+    with pytest.raises(UserError, match="data/char/prepare.py --input YOUR.txt --out"):
+        Dataset("char")
 
 
 def test_nanogpts_bins_alone_are_gpt2_tokens_in_uint16(data_dir):

@@ -1,5 +1,6 @@
 """modeling_pluggable.py: exported models in transformers, with the logits of model.py."""
 
+import pickle
 import sys
 from contextlib import suppress
 from itertools import product
@@ -73,6 +74,16 @@ def test_transformers_computes_the_same_logits(both, args):
         start = hf(idx[:, :9], use_cache=True)
         rest = hf(idx[:, 9:], past_key_values=start.past_key_values)
         assert_close(torch.cat((start.logits, rest.logits), 1), expected, tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_type", EVERY_ATTN_TYPE)
+def test_a_model_can_be_pickled(attn_type):
+    from engine.modeling_pluggable import PluggableConfig, PluggableGPT
+
+    config = PluggableConfig(attn_type=attn_type, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    hf, idx = PluggableGPT(config).eval(), torch.randint(V, (1, 8))
+    assert torch.equal(pickle.loads(pickle.dumps(hf))(idx).logits, hf(idx).logits)
 
 
 @torch.no_grad()

@@ -6,11 +6,16 @@ from conftest import Failed
 pytest.importorskip("matplotlib")
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def draw_what_attention_computes_with(run, run_train, attn_type):
     run_train("--out_dir=run", f"--attn_type={attn_type}", "--stats_interval=1", "--max_iters=2")
     run("plot", "ranges", "run", "--to=pictures")
     run("plot", "attention", "run", "--start=the cat sat", "--to=pictures")
-    run("plot", "kernel", "GKpoly-4", "PA_relu", "--run=run", "--to=pictures")
+    run("plot", "kernel", "GKpoly-4", "PA_relu", "--run=~/run", "--to=~/pictures")
 
 
 @pytest.mark.parametrize("attn_type", ["SM", "GKpoly-1"])
