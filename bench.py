@@ -3,7 +3,7 @@ Speed: of a training step (the very step of train.py), of attention alone, and o
 
     python bench.py --attn_type=GK                                   # one configuration
     python bench.py config/train_11.py --real_data                   # on its own data
-    python bench.py config/train_gpt2.py --attn_type=PA_relu --profile
+    python bench.py config/train_gpt2.py --batch_size=1 --profile    # where the time goes
     python bench.py --table=attention --out=bench.json               # one table
     python bench.py --table=all --out=bench.json                     # the four tables
     python bench.py --nanogpt=DIR --attn_type=SM                     # beside a clone of nanoGPT
@@ -11,8 +11,9 @@ Speed: of a training step (the very step of train.py), of attention alone, and o
 Tables: `attention` times attention alone, each implementation of every attn_type against T; `types`
 a training step for every attn_type; `lengths` the step against T, at a constant number of tokens;
 `sampling` the drawing of text for every attn_type, one text and several at a time. The rows of a
-table are measured in turn, round by round, so that their ratios are reliable. Times are medians.
-nanoGPT runs in its own process, without this project's process settings.
+table (of one T in `attention` and `lengths`) are measured in turn, round by round, so that their
+ratios are reliable; then they are printed and written to --out. Times are medians. nanoGPT runs in
+its own process, without this project's process settings.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -48,18 +49,19 @@ TURN = 0.1  # seconds for which one function is timed before it is another one's
 class BenchConfig(Config):
     # Benchmark (the keys above are those of train.py; by default the model is GPT-2 124M)
     gradient_accumulation_steps: int = 1  # Micro-steps per step
+    batch_size: int = 12  # Sequences per micro-step; on a CPU, the default is 1
     vocab_size: int = 50304  # Vocabulary of the random tokens; real data bring their own
     real_data: bool = False  # Train on batches of --dataset instead of random tokens
     warmup: int = 3  # Rounds of measurement that do not count
     steps: int = 10  # Rounds of measurement that count
-    profile: bool = False  # Print the costliest operations and write OUT_DIR/trace.json
+    profile: bool = False  # Print one micro-step's costliest operations; write OUT_DIR/trace.json
     nanogpt: str | None = None  # Clone of nanoGPT to measure as well (its code is run)
     table: str = "step"  # step (this configuration), attention, types, lengths, sampling, or all
     max_new_tokens: int = 200  # Tokens of a text, in the table of sampling
     num_samples: int = 10  # Texts drawn at a time, in the table of sampling
     attn_types: str | None = None  # Attentions in the tables, e.g. SM,GK,PA_relu; auto: every one
     min_T: int = 256  # Shortest sequence in the tables; lengths go up by factors of 4
-    max_T: int = 16384  # Longest sequence in the tables
+    max_T: int = 16384  # Longest sequence in the tables; on a CPU, the default is 4096
     out: str | None = None  # JSON file to write the tables to
 
 
@@ -195,8 +197,12 @@ def step_rows(configs: list[BenchConfig], rt) -> list[dict]:
 
 
 def profile(config: BenchConfig, rt) -> None:
-    """Run the counted steps under torch's profiler; print the costliest operations."""
-    step = TrainingStep(config, rt)
+    """Run the counted steps, each of one micro-step per rank, under torch's profiler; print the
+    costliest operations."""
+    rt.print(f"profiling {config.steps} steps of one micro-step, after {config.warmup} to warm up")
+    if rt.device_type == "cpu":  # on a GPU, the errors of the profiler must stay visible
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no "USDT:" lines
+    step = TrainingStep(replace(config, gradient_accumulation_steps=rt.world_size), rt)
     for _ in range(config.warmup):
         step()
     with torch.profiler.profile() as profiler:
@@ -259,20 +265,23 @@ def attention_rows(config: BenchConfig, attn_types: list[str], T: int, rt) -> li
     return rows
 
 
-def attention_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
-    return [row for T in lengths(config) for row in attention_rows(config, attn_types, T, rt)]
+Rows = Iterator[list[dict]]  # of a table, as they become known
 
 
-def types_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
-    return step_rows([replace(config, attn_type=t) for t in attn_types], rt)
+def attention_table(config: BenchConfig, attn_types: list[str], rt) -> Rows:
+    for T in lengths(config):
+        yield attention_rows(config, attn_types, T, rt)
 
 
-def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
-    rows, tokens = [], config.batch_size * config.block_size
+def types_table(config: BenchConfig, attn_types: list[str], rt) -> Rows:
+    yield step_rows([replace(config, attn_type=t) for t in attn_types], rt)
+
+
+def lengths_table(config: BenchConfig, attn_types: list[str], rt) -> Rows:
+    tokens = config.batch_size * config.block_size
     for T in lengths(config):
         shape = replace(config, block_size=T, batch_size=max(1, tokens // T))
-        rows += types_table(shape, attn_types, rt)
-    return rows
+        yield from types_table(shape, attn_types, rt)
 
 
 def sampling(config: BenchConfig, rt, nanogpt=None, n_samples: int = 1) -> Callable:
@@ -285,7 +294,7 @@ def sampling(config: BenchConfig, rt, nanogpt=None, n_samples: int = 1) -> Calla
     return partial(model.generate, prompt, config.max_new_tokens, temperature, top_k, **options)
 
 
-def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]:
+def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> Rows:
     """One text and several at a time; nanoGPT's sample.py draws one after the other."""
     rows, measures = [], []
     if config.nanogpt:
@@ -304,7 +313,7 @@ def sampling_table(config: BenchConfig, attn_types: list[str], rt) -> list[dict]
         row["tokens_per_s"] = row["samples"] * config.max_new_tokens / seconds
         row["ms_per_step"] = 1000 * seconds / config.max_new_tokens
         row["times_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-    return rows
+    yield rows
 
 
 TABLES = {"attention": attention_table, "types": types_table}
@@ -317,9 +326,11 @@ def cell(value: object) -> str:
     return "n/a" if value is None else str(value)
 
 
-def read_config() -> tuple[BenchConfig, list[str]]:
-    """The configuration of the command line, and the attentions that the tables compare."""
-    config = BenchConfig(**configurator.parse(BenchConfig, sys.argv[1:]))
+def read_config() -> tuple[BenchConfig, list[str], set[str]]:
+    """The configuration of the command line, the attentions that the tables compare, and the keys
+    that were given."""
+    given = configurator.parse(BenchConfig, sys.argv[1:])
+    config = BenchConfig(**given)
     if config.table not in ("step", "all", *TABLES):
         raise UserError(f"table={config.table} is none of step, {', '.join(TABLES)}, all")
     every_one = ",".join(name.replace("-n", "-8") for name in ATTN_TYPES)
@@ -336,13 +347,16 @@ def read_config() -> tuple[BenchConfig, list[str]]:
         data = Dataset(config.dataset, config.data_dir)
         data.check_length(config.block_size)
         config.vocab_size = data.vocab_size
-    return config, attn_types
+    return config, attn_types, set(given)
 
 
 def main() -> None:
-    config, attn_types = read_config()
+    config, attn_types, given = read_config()
     machine = config.device, config.dtype, config.compile, config.backend, config.shard == "full"
     with runtime.session(*machine) as rt:
+        if rt.device_type == "cpu":  # where a GPU's default sizes would take hours
+            smaller = {"batch_size": 1, "max_T": max(4096, config.min_T)}
+            config = replace(config, **{key: smaller[key] for key in smaller.keys() - given})
         if config.profile:
             profile(config, rt)
             return
@@ -352,20 +366,23 @@ def main() -> None:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         results = {"machine": machine, **versions, "config": vars(config)}
         for name in TABLES if config.table == "all" else [config.table]:
+            rt.print(f"\n{'training step' if name == 'step' else name}, {shape}")
             if name == "step":
-                results[name] = step_rows([config], rt)
+                table = iter([step_rows([config], rt)])
             else:
-                results[name] = TABLES[name](replace(config, real_data=False), attn_types, rt)
-            if rt.is_main:
-                title = "training step" if name == "step" else name
-                cells = [[cell(value) for value in row.values()] for row in results[name]]
-                print(f"\n{title}, {shape}\n{text_table([list(results[name][0]), *cells])}")
-                reason = flex.refusal("SM", config.n_embd // config.n_head, rt.device)
-                if name == "attention" and reason:
-                    print(f"left out: {reason}")
-            if config.out and rt.is_main:  # after every table: the next one may fail
-                with whole_file(Path(config.out)) as file:
-                    file.write(json.dumps(results, indent=1) + "\n")
+                table = TABLES[name](replace(config, real_data=False), attn_types, rt)
+            results[name] = []
+            for rows in table:
+                results[name] += rows
+                if rt.is_main:
+                    cells = [[cell(value) for value in row.values()] for row in rows]
+                    print(text_table([list(rows[0]), *cells]), flush=True)
+                if config.out and rt.is_main:  # at once: the next rows may take long, or fail
+                    with whole_file(Path(config.out)) as file:
+                        file.write(json.dumps(results, indent=1) + "\n")
+            reason = flex.refusal("SM", config.n_embd // config.n_head, rt.device)
+            if name == "attention" and reason:
+                rt.print(f"left out: {reason}")
 
 
 if __name__ == "__main__":

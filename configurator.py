@@ -202,8 +202,9 @@ def check_rules(values: dict) -> None:
 
 
 def help_text(Config: type) -> str:
-    """Every key of Config with its default and its comment, under the comments of the sections.
-    {NAMES} in a comment stands for the strings of that tuple in the module of Config."""
+    """Every key of Config with its default, its comment and the choices of a Literal, under the
+    comments of the sections. {NAMES} in a comment stands for the strings of that tuple in the
+    module of Config."""
     lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), ""]
     lines += ["Keys, set by a config file or as --key=value:"]
     width = max(80, shutil.get_terminal_size().columns)
@@ -215,6 +216,9 @@ def help_text(Config: type) -> str:
             elif key := re.fullmatch(r"    (\w+): .+? = (.*?)  # (.*)", line):
                 default = "auto" if key[2] == "None" else key[2]
                 comment = re.sub(r"\{(\w+)\}", names_in, key[3])
+                allowed = allowed_values(cls, key[1], line)
+                if choices := [value for value in allowed if type(value) is str]:
+                    comment += f" ({', '.join(choices)})"
                 head = f"  --{key[1]}={default}".ljust(38)
                 lines += textwrap.wrap(f"{head} {comment}", width, subsequent_indent=" " * 39)
     return "\n".join(lines)

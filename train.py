@@ -356,7 +356,9 @@ def loop(
         resume = f"--init_from=resume --out_dir={os.path.relpath(folder)}"
         log.say(f"stopped at step {step}; go on with  {resume}")
         return stop
-    log.say(f"best val loss {best_val_loss:.4f}; the run is in {os.path.relpath(folder)}")
+    kept = resumes or (folder / ckpt.BEST).exists()
+    of = "" if kept else " (at step 0, so there is no best.pt)"
+    log.say(f"best val loss {best_val_loss:.4f}{of}; the run is in {os.path.relpath(folder)}")
     log.end(draw=config.plot and step >= PICTURES_FROM)
     return 1 if saver.failed else 0
 

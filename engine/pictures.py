@@ -114,6 +114,7 @@ def draw_losses(folders: list[Path], to: Path) -> None:
             points = [(tokens / 1e6, loss) for tokens, loss in losses_of(rows, column)]
             if len(points) > 1:  # what is no better than random weights would squeeze the others
                 points = [point for point in points if point[1] < of_random_weights]
+            points = points or [(math.nan, math.nan)]  # drawn in the legend only
             axis.plot(*zip(*points, strict=True), **look | style)
     axis.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
     axis.legend(**LEGEND)

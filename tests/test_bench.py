@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, TINY, Failed, subprocess_run
 
 import bench
+from configurator import UserError
 from engine.muon import MuonAdamW
 
 SMALL = [*TINY, "--n_layer=1", "--vocab_size=11", "--steps=1", "--warmup=0"]
@@ -37,10 +38,26 @@ def test_the_tables_are_written_as_json_and_drawn(run, tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert "attention, L1" in out and "times_SDPA" in out
     assert "left out: FlexAttention has a backward pass on CUDA only" in out
+    assert (results["config"]["batch_size"], results["config"]["max_T"]) == (4, 64)
     pytest.importorskip("matplotlib")
     run("plot", "bench", "bench.json")
     for name in ("attention", "types", "lengths"):
         assert (tmp_path / f"bench-{name}.png").exists()
+
+
+def test_rows_are_written_length_by_length(run, monkeypatch, tmp_path):
+    """Without a GPU, default sizes are those that a CPU can do."""
+
+    def rows(config, attn_types, T, rt):
+        if T > 1024:
+            raise UserError(f"B {config.batch_size}, T {T} of {config.max_T}")
+        return [{"T": T}]
+
+    monkeypatch.setattr(bench, "attention_rows", rows)
+    with pytest.raises(Failed, match="B 1, T 4096 of 4096"):
+        run("bench", "--table=attention", "--out=bench.json", "--device=cpu")
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["T"] for row in results["attention"]] == [256, 1024]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +93,11 @@ def test_options_of_attention_and_optimizer_are_those_that_are_measured(run, mon
     assert set(stepped) == {MuonAdamW}
 
 
-def test_the_training_step_is_profiled(run, tmp_path):
-    out = run("bench", *SMALL, "--profile", "--out_dir=prof")
-    assert "aten::" in out and (tmp_path / "prof" / "trace.json").stat().st_size > 1000
+def test_one_micro_step_is_profiled_and_nothing_else_printed(tmp_path):
+    args = [*SMALL, "--gradient_accumulation_steps=40", "--profile", "--out_dir=prof"]
+    done = subprocess_run(ROOT / "bench.py", *args, cwd=tmp_path)
+    assert re.search(r"aten::embedding .* 2 *\n", done.stdout) and done.stderr == ""
+    assert (tmp_path / "prof" / "trace.json").stat().st_size > 1000
 
 
 class FakeGPU:

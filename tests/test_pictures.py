@@ -1,7 +1,9 @@
 """engine/pictures.py: a run leaves its pictures, and does not depend on them."""
 
+import math
 import sys
 
+import pytest
 from conftest import subprocess_run, write_run
 
 import train
@@ -33,14 +35,16 @@ def test_runs_of_a_picture_can_be_told_apart(figures, tmp_path):
     assert looks(*"015") == [("black", "-"), ("black", "--"), (pictures.COLOURS[0], "-")]
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_is_no_better_than_random_weights_is_left_out(figures, tmp_path):
     write_run(tmp_path / "annealed", "GKpoly-3", [(0, 4.5), (10**6, 5e7), (2 * 10**6, 1.5)])
     write_run(tmp_path / "worse", "GK", [(0, 4.5), (10**6, 4.6)])
     pictures.draw_losses([tmp_path / "annealed", tmp_path / "worse"], tmp_path)
-    lines = figures["loss"].axes[0].lines
-    assert [list(line.get_xydata().tolist()) for line in lines if len(line.get_xydata())] == [
-        [[2.0, 1.5]]
-    ]
+    axis = figures["loss"].axes[0]
+    points = [point for line in axis.lines for point in line.get_xydata().tolist()]
+    assert [point for point in points if not math.isnan(point[1])] == [[2.0, 1.5]]
+    assert len(axis.get_legend().texts) == 2
+    pictures.draw_losses([tmp_path / "worse"], tmp_path)  # without a warning
 
 
 def test_a_run_of_some_length_leaves_its_pictures(run_train, tmp_path, monkeypatch):

@@ -155,13 +155,14 @@ def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(run_train, tm
 def test_best_is_the_lowest_validation_loss_and_the_latest_is_kept_on_request(run_train, tmp_path):
     args = ["--learning_rate=3", "--warmup_iters=0", "--eval_interval=1", "--max_iters=5"]
     args += ["--decay_lr=False", "--n_layer=1"]
-    run_train("--out_dir=run", *args)
+    out = run_train("--out_dir=run", *args)
     losses = {int(r["step"]): float(r["val_loss"]) for r in rows(tmp_path / "run")}
     best = min(losses, key=losses.get)
     if best > 0:
         assert ckpt.load(tmp_path / "run" / "best.pt")["iter_num"] == best
     else:
         assert not (tmp_path / "run" / "best.pt").exists()
+    assert ("(at step 0, so there is no best.pt); the run is in run" in out) == (best == 0)
     assert ckpt.load(tmp_path / "run" / "ckpt.pt")["iter_num"] == 5
 
 
