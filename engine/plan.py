@@ -24,6 +24,7 @@ ASSUMPTIONS = f"""Assumptions
   densely. A bootstrap restores {LEVELS} levels; they are placed where the fewest ciphertexts are
   alive. n counts in depth and in squarings of the scores, and not in rotations or plain products.
 - exp in GK and SM is that of GKpoly-8. SM divides by 12 Goldschmidt steps, and has no maximum.
+- Normalised is attn_normalize=8: three times two products in place of a division, and one with m.
 - gelu, sigmoid, silu, tanh and softplus are polynomials of degree 31: 5 levels, 11 products.
 - relu is x (1 + sign x) / 2, with a sign of degree 15 x 15 x 27: 14 levels, 27 products
   (eprint.iacr.org/2020/834)."""
@@ -75,7 +76,8 @@ SMOOTH, RELU = Function(5, 11), Function(14, 27)
 FUNCTIONS = {
     "SM": Function(8, 8, division_depth=13, division_products=25),
     "GK": Function(8, 8),
-    **{f"GKpoly-{n}": Function(n, n) for n in (2, 3, 4, 8)},
+    **{f"GKpoly-{n}": Function(n, n) for n in (2, 3, 4, 6, 8)},
+    "GKpoly-6,normalised": Function(6, 6, division_depth=4, division_products=7),
     **dict.fromkeys("PA_gelu PA_sigmoid PA_silu PA_tanh PA_softplus".split(), SMOOTH),
     "PA_relu": RELU,
     "PA_relu-square": Function(RELU.depth + 1, RELU.products + 1),
