@@ -227,6 +227,10 @@ def attention_alone(task: Task) -> Rows:
     kinds = {"SM flash": lambda T: partial(softmax, SDPBackend.FLASH_ATTENTION)}
     for name in ("GK", "GKpoly-8", "PA_relu", "PA_gelu"):
         kinds[name] = lambda T, name=name: partial(triton_attention, name=name, divisor=1.0)
+    wrap = torch.compile if task.rt.compile else lambda attend: attend
+    for terms in (0, 4):
+        make = partial(attention, "GK", attn_decay="fixed", attn_normalize=terms)
+        kinds[f"GK decay, {terms} terms"] = lambda T, make=make: wrap(make(T))
     if task.rt.device_type == "cuda":
         kinds["SM cuDNN"] = lambda T: partial(softmax, SDPBackend.CUDNN_ATTENTION)
         for name in ("SM", "GK"):  # last, as they take longest to compile
@@ -246,7 +250,7 @@ def wide_head(task: Task) -> Rows:
         attend = attention(name, T, impl=impl)
         if impl == "triton":  # not by its name, which a CPU refuses
             kernels = choice.triton_module(hs).attention(name, float(T))
-            attend = lambda q, k, v: kernels(q, k, v, 0.0, None)
+            attend = lambda q, k, v: kernels(q, k, v, 0.0, None, False)
         return torch.compile(attend) if compiled else attend
 
     for name, impl in product(("GK", "PA_relu"), ("triton", "reference", "blockwise")):

@@ -118,12 +118,13 @@ def apply_mask(x: Tensor, visible: Tensor | None) -> Tensor:
 
 def pointwise_attention(
     q: Tensor, k: Tensor, v: Tensor, variant: Pointwise, divisor=1.0, dropout=0.0, visible=None,
-    reach=None,
-) -> Tensor:  # fmt: skip
-    """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs).
-    q may have fewer tokens than k and v: `apply_mask` says so, and what `visible` is. A decay has a
-    `reach`, (nh,). Scores and weights are at least float32, whatever autocast asks for: a distance
-    between half-precision vectors is a small difference of large numbers."""
+    reach=None, sums=False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The plain formula, and the oracle of every faster path: (B, nh, T, hs) x 3 -> (B, nh, T, hs),
+    and with `sums` the sums of A's rows too, (B, nh, T), in float32 at least. q may have fewer
+    tokens than k and v: `apply_mask` says so, and what `visible` is. A decay has a `reach`, (nh,).
+    Scores and weights are at least float32, whatever autocast asks for: a distance between
+    half-precision vectors is a small difference of large numbers."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
         x = scores(q.to(wide), k.to(wide), variant.score)
@@ -132,7 +133,8 @@ def pointwise_attention(
         A = apply_mask(variant.f(apply_mask(x, visible)), visible) / divisor
         A = decay.apply(A, visible, reach)
         A = F.dropout(A, dropout) if dropout else A
-        return (A @ v.to(wide)).to(v.dtype)
+        y = (A @ v.to(wide)).to(v.dtype)
+        return (y, A.sum(-1)) if sums else y
 
 
 def terms_of(attn_normalize: int, variant: Pointwise | None, attn_decay: str) -> int:
@@ -154,14 +156,11 @@ def normalised_attention(
         y_i = sum_(n < terms) (1 - s_i)^n sum_j A[i, j] v_j + (1 - s_i)^terms m_i
 
     No weight is negative where 0 <= s_i <= 1, as for GK and GKpoly-n in its range."""
-    with_ones = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # (B, nh, T, hs + 1)
-    both = attend(q, k, with_ones, dropout=dropout, visible=visible, reach=reach)
-    y, row_sum = both.split((v.size(-1), 1), dim=-1)
-    rest = 1 - row_sum
+    y, s = attend(q, k, v, dropout=dropout, visible=visible, reach=reach, sums=True)
+    factor, rest = 1.0, 1 - s[..., None]  # (B, nh, T, 1)
     while terms > 1:  # 1 + r + r^2 + r^3 + ... = (1 + r)(1 + r^2)...
-        y, rest, terms = y * (1 + rest), rest * rest, terms // 2
-    m = decay.mean(v, q.size(2), visible, reach)  # float32 at least
-    return (y + rest * m).to(v.dtype)
+        factor, rest, terms = factor * (1 + rest), rest * rest, terms // 2
+    return (factor * y + rest * decay.mean(v, q.size(2), visible, reach)).to(v.dtype)
 
 
 def softmax_attention(
@@ -222,7 +221,7 @@ def attention(
             return normalised_attention(plain, terms, q, k, v, dropout, visible, reach)
         return plain(q, k, v, dropout, visible, reach)
 
-    def plain(q, k, v, dropout, visible, reach):
+    def plain(q, k, v, dropout, visible, reach, sums=False):
         if variant is None:
             return softmax_attention(q, k, v, dropout, visible, reach)
         chosen = "reference"
@@ -230,15 +229,11 @@ def attention(
             small = choice.is_small(*q.shape[:3])
             chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout, small)
         if chosen == "reference":
-            return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach)
+            return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach, sums)
         fast = by_blocks
         if chosen == "triton":
             fast = choice.triton_module(q.size(-1)).attention(attn_type, divisor)
-            if v.size(-1) > q.size(-1):  # they take v as wide as q: the row sums in a second pass
-                parts = v[..., :-1], v[..., -1:].expand_as(q)
-                y, s = (fast(q, k, part, dropout, reach) for part in parts)
-                return torch.cat((y, s[..., :1]), dim=-1)
-        return fast(q, k, v, dropout, reach)
+        return fast(q, k, v, dropout, reach, sums)
 
     return attend
 

@@ -26,6 +26,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.compiled import PART, compiled_tile
 from kernels.decay import TileDecay, with_gradient_of_reach
@@ -439,9 +440,10 @@ blockwise_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     """The attention `name` ('GKpoly-8', ...), whose registry entry is `variant`. Returns a callable
-    (q, k, v, dropout=0.0, reach=None) -> y for q, k, v (B, nh, T, hs) of one dtype and any strides,
-    and with a public decay the reach of each head, (nh,). v may be wider or narrower than q and k.
-    y has the shape of v, with its heads last in memory; dropout is of weights. A later call with
+    (q, k, v, dropout=0.0, reach=None, sums=False) -> y for q, k, v (B, nh, T, hs) of one dtype and
+    any strides, and with a public decay the reach of each head, (nh,). v may be wider or narrower
+    than q and k. y has the shape of v, with its heads last in memory; dropout is of weights. With
+    `sums` the result is y and the row sums of A, (B, nh, T) in float32 at least. A later call with
     the same name and another entry changes what the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_
@@ -451,7 +453,10 @@ def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
         seed = torch.randint(2**62, (), device="cpu") if dropout else None
         return blockwise_forward(q, k, v, seed, name, divisor, dropout, reach)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, reach=None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, reach=None, sums=False):
+        if sums:  # a column of ones
+            both = attend(q, k, F.pad(v, (0, 1), value=1.0), dropout, reach)
+            return both[..., :-1], both[..., -1].to(torch.promote_types(v.dtype, torch.float32))
         learned = reach is not None and reach.requires_grad
         return (with_gradient_of_reach(by_tiles) if learned else by_tiles)(q, k, v, dropout, reach)
 

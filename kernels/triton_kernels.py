@@ -6,7 +6,8 @@ There is no row maximum, no rescaling and no log-sum-exp: a block of A is one ma
 pointwise function, and another matrix product. Backward recomputes A block by block.
 
 A public decay (decay.py) multiplies A and G by gamma^(i-j) / s_i, tile by tile; the loops leave out
-blocks that are beyond the reach of their head.
+blocks that are beyond the reach of their head. Where the sums a_i = sum_j A_ij / divisor are asked
+for as well, dA_ij is dy_i . v_j + da_i.
 
 Shapes as in blockwise.py. In the kernels, rows are queries (i) and cols are keys (j); BLOCK_D is hs
 padded to a power of two. Sums are float32. float32 inputs are multiplied in full precision (`ieee`,
@@ -165,7 +166,8 @@ FORMS = {
 # ---- The kernels ------------------------------------------------------------
 #
 # Q, K, V are (B, nh, T, hs) of one set of strides (stride_b, stride_h, stride_t, 1), like views of
-# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms are (B, nh, T) in float32.
+# c_attn's output. Y, dY, dQ, dK, dV are contiguous (B, T, nh, hs). Norms and sums of rows are (B,
+# nh, T) in float32; A_sum and dA_sum are None where nobody asks for sums, and leave no instruction.
 #
 # The loops run over the blocks wholly below the diagonal, which need no mask, and over those on the
 # diagonal, where A and G get zeros by a select, whatever f makes of a hidden score, inf or NaN. If
@@ -229,7 +231,7 @@ def scores(a, b, a_norm, b_norm, scale, DISTANCE: tl.constexpr, PRECISION: tl.co
 
 @triton.jit
 def load_norms(X, rows, T, CHECK: tl.constexpr, DISTANCE: tl.constexpr):
-    """The norms of these rows; 0 for a dot product, which has none."""
+    """The norms (or sums) of these rows; 0 for a dot product, which has none."""
     if not DISTANCE:
         return 0.0
     elif CHECK:
@@ -301,7 +303,7 @@ def norm_kernel(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Y, Q_norm, K_norm, Rates, S,
+    Q, K, V, Y, A_sum, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -325,6 +327,7 @@ def forward_kernel(
         rate, S = load_decay(Rates, S, norm_start, T, nh)
         nearest = tl.maximum(first_row - reach_in_blocks(rate, BLOCK_M) * BLOCK_M, 0)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    a_sum = tl.zeros((BLOCK_M,), tl.float32)
     for DIAGONAL in tl.static_range(2):
         begin = first_row if DIAGONAL else nearest
         end = tl.minimum(first_row + BLOCK_M, T) if DIAGONAL else first_row
@@ -350,16 +353,21 @@ def forward_kernel(
                 else:
                     below = (rows - first_col)[:, None] >= tl.arange(0, BLOCK_N)[None, :]
                 A = tl.where(below, A, 0.0)
+            if A_sum is not None:
+                a_sum += tl.sum(A, axis=1)
             v = load_rows(V, first_col, T, stride_t, BLOCK_N, HS, BLOCK_D, DIAGONAL)
             y = tl.dot(A.to(v.dtype), v, y, input_precision=PRECISION)
         if DECAY and not DIAGONAL:
             y *= row_factor[:, None]
+            a_sum *= row_factor
+    if A_sum is not None:
+        tl.store(A_sum + norm_start + rows, a_sum * (1.0 / divisor), rows < T)
     store_rows(Y, first_row, T, nh * HS, y * (1.0 / divisor), BLOCK_M, HS, BLOCK_D)
 
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, dY, dQ, Q_norm, K_norm, Moments, Rates, S,
+    Q, K, V, dY, dQ, dA_sum, Q_norm, K_norm, Moments, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr, LEARNED: tl.constexpr,
@@ -368,8 +376,8 @@ def dq_kernel(
     """dq_i = c/divisor (sum_j G_ij k_j - q_i sum_j G_ij) for BLOCK_M rows i; the second sum is the
     distance's, and adds up G as rounded for the first, so that what should cancel does.
 
-    LEARNED asks for sum_j P_ij and sum_j P_ij (i - j) too, with P_ij = A_ij dy_i . v_j, from which
-    the gradient of the decay follows."""
+    LEARNED asks for sum_j P_ij and sum_j P_ij (i - j) too, with P_ij = A_ij dA_ij, from which the
+    gradient of the decay follows."""
     rank, start, y_start, norm_start = assigned_head(T, nh, group, stride_b, stride_h, BLOCK_M, HS)
     Q, K, V, dY, dQ = Q + start, K + start, V + start, dY + y_start, dQ + y_start
     Q_norm, K_norm = Q_norm + norm_start, K_norm + norm_start
@@ -380,6 +388,8 @@ def dq_kernel(
     q = load_rows(Q, first_row, T, stride_t, BLOCK_M, HS, BLOCK_D, True)
     dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, True)
     q_norm = load_norms(Q_norm, rows, T, True, DISTANCE)
+    if dA_sum is not None:
+        da_sum = load_norms(dA_sum + norm_start, rows, T, True, True)
     nearest = 0  # the first column that is not beyond the head's reach
     if DECAY:
         rate, S = load_decay(Rates, S, norm_start, T, nh)
@@ -403,6 +413,8 @@ def dq_kernel(
             k_norm = load_norms(K_norm, cols, T, DIAGONAL, DISTANCE)
             A, slope = f(scores(q, k, q_norm, k_norm, scale, DISTANCE, PRECISION), n)
             dA = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+            if dA_sum is not None:
+                dA += da_sum[:, None]
             if DECAY:
                 dA *= column_factors(cols, rate, origin)[None, :]
                 if DIAGONAL:
@@ -443,7 +455,7 @@ def dq_kernel(
 
 @triton.jit
 def dkv_kernel(
-    Q, K, V, dY, dK, dV, Q_norm, K_norm, Rates, S,
+    Q, K, V, dY, dK, dV, dA_sum, Q_norm, K_norm, Rates, S,
     stride_b, stride_h, stride_t, nh, T, group, c, unit, divisor,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr, RAGGED: tl.constexpr,
@@ -487,7 +499,10 @@ def dkv_kernel(
             dy = load_rows(dY, first_row, T, nh * HS, BLOCK_M, HS, BLOCK_D, RAGGED)
             q_norm = load_norms(Q_norm, rows, T, RAGGED, DISTANCE)
             A, slope = f(scores(k, q, k_norm, q_norm, scale, DISTANCE, PRECISION), n)
-            G = slope * tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+            dA = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+            if dA_sum is not None:
+                dA += load_norms(dA_sum + norm_start, rows, T, RAGGED, True)[None, :]
+            G = slope * dA
             if DECAY:
                 factor = row_factors(S, rows, T, rate, origin)[None, :]
                 if DIAGONAL:
@@ -650,20 +665,23 @@ def refusal(
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None,
+    sums: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal pointwise attention `name` (GK, GKpoly-8, PA_gelu, ...): (B, nh, T, hs) x 3 -> same.
     y_i = sum_{j <= i} f(x_ij) v_j / divisor in the dtype of q, k and v, as a view of a contiguous
     (B, T, nh, hs). Views of c_attn's output (B, T, 3, nh, hs) are read where they are; q, k, v with
     different strides are copied first. Differentiable once, and the same bit for bit in every run.
-    `reach`, (nh,), is that of a public decay; if it requires a gradient, it gets one. Raises
-    ValueError where `refusal` has a reason."""
-    return _forward(q, k, v, name, float(divisor), *_decay(reach, q))[0]
+    `reach`, (nh,), is that of a public decay; if it requires a gradient, it gets one. With `sums`
+    the result is y and the sums of A's rows, (B, nh, T) in float32. Raises ValueError where
+    `refusal` has a reason."""
+    y, a_sum, *_ = _forward(q, k, v, name, float(divisor), *_decay(reach, q), sums)
+    return (y, a_sum) if sums else y
 
 
 def attention(name: str, divisor: float) -> Callable[..., Tensor]:
-    """`triton_attention` as a callable (q, k, v, dropout, reach) -> y; dropout has to be 0."""
-    return lambda q, k, v, dropout, reach: triton_attention(q, k, v, name, divisor, reach)
+    """`triton_attention` as a callable (q, k, v, dropout, reach, sums); dropout has to be 0."""
+    return lambda q, k, v, _, reach, sums: triton_attention(q, k, v, name, divisor, reach, sums)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, reason: str | None) -> None:
@@ -679,10 +697,14 @@ def _one_set_of_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
+def _per_row(q: Tensor, wanted: bool) -> Tensor:
+    """Memory for a number per row, (B, nh, T); none unless it is wanted."""
+    return q.new_empty(q.shape[:3] if wanted else (0,), dtype=torch.float32)
+
+
 def _norms(q: Tensor, name: str) -> Tensor:
-    """Memory for the norms (B, nh, T) of q or k; none for a dot product."""
-    shape = q.shape[:3] if parse(name)[0] == "distance" else (0,)
-    return q.new_empty(shape, dtype=torch.float32)
+    """Memory for the norms of q or k; none for a dot product."""
+    return _per_row(q, parse(name)[0] == "distance")
 
 
 def _moments(q: Tensor, learned: bool) -> Tensor:
@@ -698,7 +720,7 @@ def _decay(reach: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | Non
 
 
 def _arguments(
-    kernel: str, blocks: Blocks, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    kernel: str, blocks: Blocks, tensors: tuple[Tensor | None, ...], name: str, divisor: float,
     rates: Tensor | None, S: Tensor | None,
 ) -> tuple[tuple, dict]:  # fmt: skip
     """What a kernel is started with: positional arguments and keywords. tensors[0] is q."""
@@ -722,7 +744,7 @@ def _arguments(
 
 
 def _launch(
-    kernel: str, tensors: tuple[Tensor, ...], name: str, divisor: float,
+    kernel: str, tensors: tuple[Tensor | None, ...], name: str, divisor: float,
     rates: Tensor | None, S: Tensor | None,
 ) -> None:  # fmt: skip
     """Start one program of a kernel per head and block."""
@@ -734,12 +756,14 @@ def _launch(
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
-    rates: Tensor | None, S: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
+    rates: Tensor | None, S: Tensor | None, sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, the row sums of A, and the norms of q and k, (B, nh, T) each. The sums are empty if not
+    asked for, the norms for a dot product."""
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     q, k, v = _one_set_of_strides(q, k, v)
-    y, q_norm, k_norm = empty_heads_last(q), _norms(q, name), _norms(q, name)
+    y, a_sum = empty_heads_last(q), _per_row(q, sums)
+    q_norm, k_norm = _norms(q, name), _norms(q, name)
     score, _, unit, _ = parse(name)
     B, nh, T, hs = q.shape
     with torch.cuda.device_of(q):
@@ -748,54 +772,56 @@ def _forward(
                 k, k_norm, *k.stride()[:3], nh, T, 1 / math.sqrt(hs), unit,
                 BLOCK=NORM_ROWS, HS=hs, BLOCK_D=padded(hs), enable_fp_fusion=True,
             )  # fmt: skip
-        _launch("forward", (q, k, v, y, q_norm, k_norm), name, divisor, rates, S)
-    return y, q_norm, k_norm
+        tensors = q, k, v, y, a_sum if sums else None, q_norm, k_norm
+        _launch("forward", tensors, name, divisor, rates, S)
+    return y, a_sum, q_norm, k_norm
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, rates, S):
+def _(q, k, v, name, divisor, rates, S, sums):
     _check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
-    return empty_heads_last(q), _norms(q, name), _norms(q, name)
+    return empty_heads_last(q), _per_row(q, sums), _norms(q, name), _norms(q, name)
 
 
 @torch.library.custom_op("triton_attention::backward", mutates_args=())
 def _backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
+    dy: Tensor, da_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
     name: str, divisor: float, rates: Tensor | None, S: Tensor | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, by two kernels without atomics: each program owns its rows (or cols). The last
     result, (B, nh, T, 2), is dq_kernel's for the gradient of a decay if `learned`, else empty."""
     q, k, v = _one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
+    da_sum = da_sum.contiguous() if da_sum.numel() else None
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     moments = _moments(q, learned)
     with torch.cuda.device_of(q):
-        _launch("dkv", (q, k, v, dy, dk, dv, q_norm, k_norm), name, divisor, rates, S)
-        _launch("dq", (q, k, v, dy, dq, q_norm, k_norm, moments), name, divisor, rates, S)
+        _launch("dkv", (q, k, v, dy, dk, dv, da_sum, q_norm, k_norm), name, divisor, rates, S)
+        _launch("dq", (q, k, v, dy, dq, da_sum, q_norm, k_norm, moments), name, divisor, rates, S)
     return dq, dk, dv, moments
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
+def _(dy, da_sum, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
     return *(empty_heads_last(q) for _ in range(3)), _moments(q, learned)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.formula, rates, S = inputs
-    ctx.save_for_backward(q, k, v, *output[1:], rates, S)
+    q, k, v, *ctx.formula, rates, S, _ = inputs
+    ctx.save_for_backward(q, k, v, *output[2:], rates, S)
 
 
-def _gradients(backward, ctx, dy, *_):
+def _gradients(backward, ctx, dy, da_sum, *_):
     *tensors, rates, S = ctx.saved_tensors
-    learned = ctx.needs_input_grad[-2]
-    dq, dk, dv, moments = backward(dy, *tensors, *ctx.formula, rates, S, learned)
+    learned = ctx.needs_input_grad[-3]
+    dq, dk, dv, moments = backward(dy, da_sum, *tensors, *ctx.formula, rates, S, learned)
     d_rates = d_S = None
     if learned:  # y_i = sum_j 2^(-rate (i - j)) S_i ...
         P_sum, P_moment = moments.unbind(-1)
         scale = 1 / ctx.formula[1]
         d_rates = -math.log(2) * scale * P_moment.sum((0, 2))
         d_S = scale * P_sum.sum(0) / S
-    return dq, dk, dv, None, None, d_rates, d_S
+    return dq, dk, dv, None, None, d_rates, d_S, None
 
 
 _forward.register_autograd(partial(_gradients, _backward), setup_context=_save)

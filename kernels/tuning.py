@@ -60,12 +60,13 @@ def for_hopper() -> Iterator[None]:
 
 def compile_kernel(
     kernel: str, blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, name: str,
-    decays: bool = False, learned: bool = False,
+    decays: bool = False, learned: bool = False, sums: bool = False,
 ) -> triton.compiler.CompiledKernel:  # fmt: skip
     """The kernel as triton_kernels.py would launch it for these inputs. What the tensors hold does
     not matter, but their shapes, strides and dtype do, as Triton compiles for each anew."""
     output = lambda: empty_heads_last(q)
     norms = triton_kernels._norms(q, name), triton_kernels._norms(k, name)
+    norms = triton_kernels._per_row(q, True) if sums else None, *norms
     own = {
         "forward": lambda: (output(), *norms),
         "dq": lambda: (output(), output(), *norms, triton_kernels._moments(q, learned)),
@@ -144,9 +145,10 @@ def tune(
     """Time the candidates that are worth it and the present block sizes on these inputs, and use
     the fastest for their head size until the process ends. Returns them by kernel."""
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS
-    y, *norms = triton_kernels._forward(q, k, v, name, 1.0, None, None)
-    forward = lambda: triton_kernels._forward(q, k, v, name, 1.0, None, None)
-    backward = lambda: triton_kernels._backward(y, q, k, v, *norms, name, 1.0, None, None, False)
+    forward = lambda: triton_kernels._forward(q, k, v, name, 1.0, None, None, False)
+    y, no_sums, *norms = forward()
+    tensors = y, no_sums, q, k, v, *norms
+    backward = lambda: triton_kernels._backward(*tensors, name, 1.0, None, None, False)
     fastest = {}
     for kernel, launch in {"forward": forward, "dkv": backward, "dq": backward}.items():
         key, times = (kernel, max(64, triton_kernels.padded(q.size(-1)))), {}

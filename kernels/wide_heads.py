@@ -134,12 +134,12 @@ def store_tile(M, head, row, col, length, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def weights_kernel(
-    Q, K, A, Q_norm, K_norm, Rates, S,
+    Q, K, A, A_sums, Q_norm, K_norm, Rates, S,
     first_head, stride_b, stride_h, stride_t, nh, T, c, unit,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of A."""
+    """One tile of A, and its row sums, without the factor 1/divisor: see gradients_kernel."""
     place, row, col = assigned_tile(T, BLOCK)
     head = first_head + place
     if DECAY:
@@ -151,19 +151,24 @@ def weights_kernel(
         Q + start, K + start, Q_norm, K_norm, Rates, S, head, row, col, stride_t, nh, T, c * unit,
         f, n, DISTANCE, DECAY, BLOCK, BLOCK_K, HS, RAGGED,
     )  # fmt: skip
-    store_tile(A, place, row, col, tl.cdiv(T, BLOCK) * BLOCK, tile, BLOCK)
+    length = tl.cdiv(T, BLOCK) * BLOCK
+    if A_sums is not None:
+        A_sums += (tl.cast(place, tl.int64) * (length // BLOCK) + col // BLOCK) * length + row
+        tl.store(A_sums + tl.arange(0, BLOCK), tl.sum(tile, axis=1))
+    store_tile(A, place, row, col, length, tile, BLOCK)
 
 
 @triton.jit
 def gradients_kernel(
-    Q, K, V, dY, A, G, Row_sums, Col_sums, P_sums, P_moments, Q_norm, K_norm, Rates, S,
+    Q, K, V, dY, dA_sum, A, G, Row_sums, Col_sums, P_sums, P_moments, Q_norm, K_norm, Rates, S,
     first_head, stride_b, stride_h, stride_t, nh, T, c, unit,
     f: tl.constexpr, n: tl.constexpr, DISTANCE: tl.constexpr, DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of A and of G = f'(x) dA, dA = dy v^T, without the factor 1/divisor. dY is a
-    contiguous (B, T, nh, hs).
+    """One tile of A and of G = f'(x) dA, without the factor 1/divisor. dA_ij = dy_i . v_j, plus the
+    gradient of the sum of row i, dA_sum (B, nh, T), if there is one. dY is a contiguous (B, T, nh,
+    hs).
 
     The sums over a tile are parts of sums over rows and columns of the matrix, kept as (heads,
     blocks, length). For a distance, those of G go to Row_sums and Col_sums, added up as rounded, so
@@ -183,6 +188,8 @@ def gradients_kernel(
 
     # First the products, then f: as its results replace them, no other order needs fewer registers
     dA = dot_products(dY, V + start, row, col, T, nh * HS, stride_t, BLOCK, BLOCK_K, HS, RAGGED)
+    if dA_sum is not None:
+        dA += load_norms(dA_sum + tl.cast(head, tl.int64) * T, rows, T, RAGGED, True)[:, None]
     tile, slope = weights(
         Q + start, K + start, Q_norm, K_norm, Rates, S, head, row, col, stride_t, nh, T, c * unit,
         f, n, DISTANCE, DECAY, BLOCK, BLOCK_K, HS, RAGGED,
@@ -308,17 +315,19 @@ def refusal(
 
 
 def wide_attention(
-    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float, reach: Tensor | None = None,
+    sums: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """What triton_kernels.triton_attention computes, from and to the same shapes, at any head
     size. Differentiable once, and the same bit for bit in every run. Raises ValueError where
     `refusal` has a reason."""
-    return _forward(q, k, v, name, float(divisor), *triton_kernels._decay(reach, q))[0]
+    y, a_sum, *_ = _forward(q, k, v, name, float(divisor), *triton_kernels._decay(reach, q), sums)
+    return (y, a_sum) if sums else y
 
 
 def attention(name: str, divisor: float) -> Callable[..., Tensor]:
-    """`wide_attention` as a callable (q, k, v, dropout, reach) -> y; dropout has to be 0."""
-    return lambda q, k, v, dropout, reach: wide_attention(q, k, v, name, divisor, reach)
+    """`wide_attention` as a callable (q, k, v, dropout, reach, sums); dropout has to be 0."""
+    return lambda q, k, v, _, reach, sums: wide_attention(q, k, v, name, divisor, reach, sums)
 
 
 class Launcher:
@@ -385,36 +394,47 @@ class Launcher:
 @torch.library.custom_op("triton_attention::wide_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, name: str, divisor: float,
-    rates: Tensor | None, S: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y, and the norms of q and k, (B, nh, T) each; empty for a dot product."""
+    rates: Tensor | None, S: Tensor | None, sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, the row sums of A, and the norms of q and k, (B, nh, T) each. The sums are empty if not
+    asked for, the norms for a dot product."""
     triton_kernels._check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
-    y, launch = empty_heads_last(q), Launcher(q, name, rates, S)
+    y, a_sum = empty_heads_last(q), triton_kernels._per_row(q, sums)
+    launch = Launcher(q, name, rates, S)
     A = q.new_empty(launch.chunk, launch.length, launch.length)
+    parts = launch.chunk, launch.n_blocks, launch.length
+    A_sums = q.new_empty(parts, dtype=torch.float32) if sums else None
     with torch.cuda.device_of(q):
         norms = launch.norms(q), launch.norms(k)
-        for chunk in launch.chunks():
-            launch.tiles(weights_kernel, (q, k, A, *norms), *chunk)
-            launch.product(A, v, y, 1 / divisor, *chunk, transposed=False)
-    return y, *norms
+        for first, heads in launch.chunks():
+            if sums:
+                A_sums.zero_()  # where no tile writes
+            launch.tiles(weights_kernel, (q, k, A, A_sums, *norms), first, heads)
+            if sums:
+                of_chunk = A_sums[:heads, :, : launch.T].sum(1) / divisor
+                a_sum.flatten(0, 1)[first : first + heads] = of_chunk
+            launch.product(A, v, y, 1 / divisor, first, heads, False)
+    return y, a_sum, *norms
 
 
 @_forward.register_fake
-def _(q, k, v, name, divisor, rates, S):
+def _(q, k, v, name, divisor, rates, S, sums):
     triton_kernels._check(q, k, v, refusal(name, q.size(-1), q.dtype, q.device))
-    return empty_heads_last(q), triton_kernels._norms(q, name), triton_kernels._norms(q, name)
+    norms = (triton_kernels._norms(q, name) for _ in range(2))
+    return empty_heads_last(q), triton_kernels._per_row(q, sums), *norms
 
 
 @torch.library.custom_op("triton_attention::wide_backward", mutates_args=())
 def _backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
+    dy: Tensor, da_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor,
     name: str, divisor: float, rates: Tensor | None, S: Tensor | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, without atomics: each program owns what it writes. The last result, (B, nh, T,
     2), is for the gradient of a decay if `learned`, else empty."""
     q, k, v = triton_kernels._one_set_of_strides(q, k, v)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # no copy in a model: y was laid out so
+    da_sum = da_sum.contiguous() if da_sum.numel() else None
     dq, dk, dv = empty_heads_last(q), empty_heads_last(q), empty_heads_last(q)
     moments, launch = triton_kernels._moments(q, learned), Launcher(q, name, rates, S)
     A, G = q.new_empty(2, launch.chunk, launch.length, launch.length)
@@ -427,7 +447,7 @@ def _backward(
     with torch.cuda.device_of(q):
         for first, heads in launch.chunks():
             P.zero_()  # beyond the reach and above the diagonal, where no tile writes
-            tensors = (q, k, v, dy, A, G, G_rows, G_cols, *P, q_norm, k_norm)
+            tensors = (q, k, v, dy, da_sum, A, G, G_rows, G_cols, *P, q_norm, k_norm)
             launch.tiles(gradients_kernel, tensors, first, heads, LEARNED=learned)
             if learned:
                 of_chunk = P[:, :heads, :, : launch.T].sum(2).permute(1, 2, 0)
@@ -439,7 +459,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
+def _(dy, da_sum, q, k, v, q_norm, k_norm, name, divisor, rates, S, learned):
     moments = triton_kernels._moments(q, learned)
     return empty_heads_last(q), empty_heads_last(q), empty_heads_last(q), moments
 

@@ -286,18 +286,41 @@ def test_blockwise_normalised_attention_is_the_plain_formula(name, dtype):
         assert_close(run(normalised(name, "blockwise"), q, k, v, dy), want, TOLERANCE[dtype])
 
 
-def test_triton_sums_rows_in_a_second_pass(monkeypatch):
-    """Its kernels take v as wide as q; here the plain formula takes their place."""
-    from kernels import triton_kernels
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradient_of_a_learned_reach_includes_the_sums_of_rows(impl, dtype):
+    """Written out: y_i = p(s_i) sum_j A_ij v_j + (1 - s_i)^4 m_i."""
+    q, k, v, dy = (t.detach() for t in inputs(2, 3, 150, 8, dtype))
+    reach = torch.tensor([2.0, 30.0, 9.0], dtype=dtype)
 
-    def of_one_shape(q, k, v, dropout, reach):
-        assert q.shape == k.shape == v.shape
-        return pointwise_attention(q, k, v, parse_attn_type("GK"), dropout=dropout, reach=reach)
+    def gradient(y, reach):
+        return torch.autograd.grad(y, reach, dy.to(y.dtype))[0]
 
-    case = inputs(2, 3, 20, 8)
+    wide = reach.double().requires_grad_()
+    x = -(q[:, :, :, None] - k[:, :, None]).double().square().sum(-1) / (2 * math.sqrt(8))
+    D = decay.apply(torch.ones_like(x).tril(), None, wide)
+    A = x.exp() * D
+    rest = 1 - A.sum(-1, keepdim=True)
+    y = ((1 + rest) * (1 + rest**2) * A + rest**4 * D) @ v.double()
+    want, reach = gradient(y, wide), reach.requires_grad_()
+    got = gradient(normalised("GK", impl)(q, k, v, reach=reach), reach)
+    assert (got - want).norm() <= 150 / 2 * TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("head_size", [8, 257])
+def test_triton_gives_the_sums_of_rows(head_size, monkeypatch):
+    """Its kernels can't run here; the plain formula takes their place."""
+    from kernels import choice
+
+    def kernels(q, k, v, dropout, reach, sums):
+        assert sums
+        return pointwise_attention(q, k, v, parse_attn_type("GK"), reach=reach, sums=True)
+
+    case = inputs(2, 3, 20, head_size)
     want = run(normalised("GK", "reference"), *case)
     monkeypatch.setattr("model.choose", lambda *_: "triton")
-    monkeypatch.setattr(triton_kernels, "attention", lambda *_: of_one_shape)
+    module = choice.triton_module(head_size)
+    monkeypatch.setattr(module, "attention", lambda *_: kernels)
     assert_close(run(normalised("GK", "triton"), *case), want, 1e-12)
 
 

@@ -66,26 +66,27 @@ def inputs(shape, dtype, device="cpu", offset=0.0, seed=0):
     return *qkv.permute(2, 0, 3, 1, 4).unbind(0), dy.transpose(1, 2)
 
 
-def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, reach=None):
-    """y, dq, dk, dv, and the gradient of the reach of a decay."""
+def run(q, k, v, dy, name, attend=triton_kernels.triton_attention, reach=None, sums=False):
+    """y, with `sums` the row sums of A, dq, dk, dv, and the gradient of the reach of a decay."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v, reach) if x is not None]
-    y = attend(*inputs[:3], name, DIVISOR, *inputs[3:])
-    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+    y = attend(*inputs[:3], name, DIVISOR, *inputs[3:], **{"sums": True} if sums else {})
+    y, dy = (y, (dy, 4 * dy[..., 1].to(y[1].dtype))) if sums else ((y,), (dy,))
+    return *(t.detach() for t in y), *torch.autograd.grad(y, inputs, dy)
 
 
-def plain(q, k, v, dy, name, reach=None):
+def plain(q, k, v, dy, name, reach=None, sums=False):
     """The same by the plain formula, in float64."""
 
-    def attend(q, k, v, name, divisor, reach=None):
+    def attend(q, k, v, name, divisor, reach=None, sums=False):
         variant = model.parse_attn_type(name)
-        return model.pointwise_attention(q, k, v, variant, divisor, reach=reach)
+        return model.pointwise_attention(q, k, v, variant, divisor, reach=reach, sums=sums)
 
-    return run(*(x.double() for x in (q, k, v, dy)), name, attend, reach)
+    return run(*(x.double() for x in (q, k, v, dy)), name, attend, reach, sums)
 
 
 def error(got, want) -> float:
-    """The largest relative error of y, dq, dk, dv. Half of the dtype's smallest number per element
-    is free: a saturated f has gradients that float16 can't hold."""
+    """The largest relative error of what `run` gives. Half of the dtype's smallest number per
+    element is free: a saturated f has gradients that float16 can't hold."""
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         quantum = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps / 2
@@ -106,7 +107,9 @@ def largest_error(name, dtype, device="cpu", shapes=SHAPES) -> float:
     )
 
 
-def decay_error(dtype, device="cpu", names=("GK", "GKpoly-4", "PA_relu"), T=150) -> float:
+def decay_error(
+    dtype, device="cpu", names=("GK", "GKpoly-4", "PA_relu"), T=150, sums=False
+) -> float:
     """The largest error with a public decay, for reaches short enough to leave blocks out and long
     ones. With the shortest that can be learned, factors of hidden pairs overflow. The gradient of
     the reach, a sum that cancels, has a tenth of the others' exact digits."""
@@ -115,9 +118,18 @@ def decay_error(dtype, device="cpu", names=("GK", "GKpoly-4", "PA_relu"), T=150)
     for shape, r in cases:
         x, r = inputs(shape, dtype, device), torch.tensor(r, device=device)
         for name in names:
-            got, want = run(*x, name, reach=r), plain(*x, name, reach=r)
-            worst = max(worst, error(got[:4], want[:4]), error(got[4:], want[4:]) / 10)
+            got, want = run(*x, name, reach=r, sums=sums), plain(*x, name, reach=r, sums=sums)
+            worst = max(worst, error(got[:-1], want[:-1]), error(got[-1:], want[-1:]) / 10)
     return worst
+
+
+def sums_error(name, dtype, device="cpu", shape=SMALL) -> float:
+    """The largest error where the sums of rows are asked for too, without a decay. y has the same
+    bits as without them."""
+    x = inputs(shape, dtype, device)
+    got = run(*x, name, sums=True)
+    assert same(got[:1], run(*x, name)[:1])
+    return error(got, plain(*x, name, sums=True))
 
 
 def layouts_agree(name, dtype, device="cpu") -> bool:
@@ -202,6 +214,8 @@ def interpret(dtype_name: str, all_cases: bool) -> dict:
             "pointwise": {name: pointwise_error(name) for name in NAMES},
             "error, overflow": overflow_error(dtype),
             "error, decay": decay_error(dtype),
+            "error, decay and sums": decay_error(dtype, names=["GKpoly-4"], sums=True),
+            "error, sums": sums_error("GK", dtype),
             "layouts": {"GK": layouts_agree("GK", dtype)},
             "future": {"GKpoly-4": future_is_hidden("GKpoly-4", dtype, shape=(1, 1, 77, 16))},
             "repeats": {"GK": same(run(*x, "GK"), run(*x, "GK"))},
@@ -214,6 +228,8 @@ def interpret(dtype_name: str, all_cases: bool) -> dict:
         "error, hs=256": error(run(*wide, "GK"), plain(*wide, "GK")),
         "error, overflow": overflow_error(dtype),
         "error, decay": decay_error(dtype, names=NAMES, T=300),
+        "error, decay and sums": decay_error(dtype, names=["GK", "PA_relu"], T=300, sums=True),
+        "error, sums": max(sums_error(name, dtype) for name in NAMES),
         "layouts": {name: layouts_agree(name, dtype) for name in ("GK", "PA_gelu")},
         "future": {name: future_is_hidden(name, dtype) for name in ("GK", "GKpoly-4", "PA_silu")},
         "repeats": {name: same(run(*x, name), run(*x, name)) for name in ("GK", "PA_relu")},
@@ -226,7 +242,7 @@ def opcheck(device="cpu") -> None:
         q, k, v, _ = inputs((2, 2, 7, 16), torch.float32, device)
         x = [t.detach().requires_grad_() for t in (q, k, v)]
         for decay in ((None, None), triton_kernels._decay(torch.tensor([3.0, 8.0]), x[0])):
-            args = *x, name, DIVISOR, *decay
+            args = *x, name, DIVISOR, *decay, name == "GK"
             torch.library.opcheck(torch.ops.triton_attention.forward, args)
     x = inputs((2, 2, 7, 16), torch.float32, device)
     attend = torch.compile(triton_kernels.triton_attention, fullgraph=True, backend="aot_eager")
@@ -293,14 +309,17 @@ def test_what_can_not_run_is_declined_in_one_line(name, head_size, dtype, device
 # Compiled for sm_90, without a GPU
 
 KERNELS = triton_kernels.KERNELS
-# What a thread may spill to its stack, in bytes, by head size: 32 are eight values. The masks of 80
+# What a thread may spill to its stack, in bytes, by head size: 40 are ten values. The masks of 80
 # take registers where reaches are learned, and at 256 dkv spills whatever the tile is.
-MAX_STACK = {32: 32, 64: 32, 80: 192, 128: 96, 256: 640}
+MAX_STACK = {32: 40, 64: 40, 80: 192, 128: 96, 256: 640}
 HARDEST = ("GK", "GKpoly-8", "PA_gelu")  # of those in NAMES: with the most values at a time
 MODES = {  # of a decay: what compile_kernel takes, and the programs per multiprocessor at 64
     "no decay": ({}, {"forward": 2, "dq": 3, "dkv": 2}),
     "decay": ({"decays": True}, {"forward": 2, "dq": 2, "dkv": 2}),
     "learned": ({"decays": True, "learned": True}, {"dq": 2}),
+    # Sums of rows, which only weights between 0 and 1 need
+    "sums": ({"decays": True, "sums": True}, {"forward": 2, "dq": 2, "dkv": 2}),
+    "learned, sums": ({"decays": True, "learned": True, "sums": True}, {"dq": 2}),
 }
 CASES = [(kernel, mode) for mode, (_, programs) in MODES.items() for kernel in programs]
 compiles = pytest.mark.skipif(
@@ -350,6 +369,8 @@ def test_block_sizes_neither_serialise_nor_spill(kernel, mode):
 )
 @pytest.mark.parametrize("kernel, mode", CASES)
 def test_no_shipped_configuration_serialises_or_spills(kernel, mode, head_size, names):
+    if "sums" in mode:
+        names = [name for name in names if model.can_normalize(model.parse_attn_type(name))]
     found = {name: faults(kernel, mode, name, head_size) for name in names}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
@@ -458,7 +479,9 @@ def test_gpu_tuning_finds_block_sizes_that_run():
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu_decay(name):
     for dtype, tolerance in TOLERANCE.items():
-        assert decay_error(DTYPES[dtype], "cuda", [name], 1024) <= tolerance, dtype
+        for sums in (False, True):
+            assert decay_error(DTYPES[dtype], "cuda", [name], 1024, sums) <= tolerance, dtype
+        assert sums_error(name, DTYPES[dtype], "cuda") <= tolerance, dtype
 
 
 @on_gpu

@@ -28,17 +28,17 @@ def run(*args, **options):
     return narrow.run(*args, attend=wide_heads.wide_attention, **options)
 
 
-def error_of(name, dtype, shape, device="cpu", reach=None, offset=0.0) -> float:
-    """The largest relative error of y and of every gradient. That of the reach, a sum that cancels,
-    has a tenth of the others' exact digits."""
-    x = inputs(shape, dtype, device, offset)
-    got, want = run(*x, name, reach=reach), plain(*x, name, reach=reach)
-    return max(error(got[:4], want[:4]), error(got[4:], want[4:]) / 10)
+def error_of(name, dtype, shape, device="cpu", reach=None, offset=0.0, sums=False) -> float:
+    """The largest relative error of y, of the row sums and of every gradient. That of the reach, a
+    sum that cancels, has a tenth of the others' exact digits."""
+    x, last = inputs(shape, dtype, device, offset), 5 if sums else 4
+    got, want = (f(*x, name, reach=reach, sums=sums) for f in (run, plain))
+    return max(error(got[:last], want[:last]), error(got[last:], want[last:]) / 10)
 
 
-def decay_error(name, dtype, T, device="cpu") -> float:
+def decay_error(name, dtype, T, device="cpu", sums=False) -> float:
     reach = torch.tensor(REACHES, device=device)
-    return error_of(name, dtype, (1, 3, T, 264), device, reach)
+    return error_of(name, dtype, (1, 3, T, 264), device, reach, sums=sums)
 
 
 def overflow_error(dtype, device="cpu") -> float:
@@ -63,9 +63,9 @@ def layouts_agree(name, dtype, shape=SMALL, device="cpu") -> bool:
 def chunks_agree(name, dtype, shape=(2, 2, 130, 16), device="cpu") -> bool:
     """One head at a time, and all at once; every second head sees hardly anything."""
     x, reach = inputs(shape, dtype, device), torch.tensor([32.0, 0.75], device=device)
-    at_once, limit = run(*x, name, reach=reach), wide_heads.MAX_WEIGHTS
+    at_once, limit = run(*x, name, reach=reach, sums=True), wide_heads.MAX_WEIGHTS
     wide_heads.MAX_WEIGHTS = 1
-    in_chunks, wide_heads.MAX_WEIGHTS = run(*x, name, reach=reach), limit
+    in_chunks, wide_heads.MAX_WEIGHTS = run(*x, name, reach=reach, sums=True), limit
     return same(at_once, in_chunks)
 
 
@@ -87,7 +87,7 @@ def opcheck(device="cpu") -> None:
     x = inputs((1, 2, 7, 264), torch.float32, device)
     q, k, v = (t.detach().requires_grad_() for t in x[:3])
     for reach in (None, torch.tensor([3.0, 8.0], device=device)):
-        args = q, k, v, "GK", 4.0, *triton_kernels._decay(reach, q)
+        args = q, k, v, "GK", 4.0, *triton_kernels._decay(reach, q), reach is None
         torch.library.opcheck(torch.ops.triton_attention.wide_forward, args)
     attend = torch.compile(wide_heads.wide_attention, fullgraph=True, backend="aot_eager")
     assert same(narrow.run(*x, "GK", attend), run(*x, "GK"))
@@ -109,6 +109,7 @@ def interpret(dtype_name: str, all_cases: bool) -> dict:
         names, decaying = NAMES, names
     errors = {name: error_of(name, dtype, SMALL) for name in names}
     errors |= {f"{name}, decay": decay_error(name, dtype, 150) for name in decaying}
+    errors |= {"decay and sums": decay_error("GK", dtype, 150, sums=True)}
     errors |= {"far from 0": error_of("GK", dtype, SMALL, offset=8.0)}
     errors |= {"overflow": overflow_error(dtype)}
     if all_cases:
@@ -267,7 +268,9 @@ def test_gpu_output_and_gradients_are_those_of_the_plain_formula():
 def test_gpu_decay_and_overflow():
     for dtype, tolerance in TOLERANCE.items():
         for name in NAMES:
-            assert decay_error(name, DTYPES[dtype], 1024, "cuda") <= tolerance, (name, dtype)
+            for sums in (False, True):
+                worst = decay_error(name, DTYPES[dtype], 1024, "cuda", sums)
+                assert worst <= tolerance, (name, dtype, sums)
         assert overflow_error(DTYPES[dtype], "cuda") <= tolerance, dtype
 
 
