@@ -218,7 +218,7 @@ def help_text(Config: type) -> str:
                 comment = re.sub(r"\{(\w+)\}", names_in, key[3])
                 allowed = allowed_values(cls, key[1], line)
                 if choices := [value for value in allowed if type(value) is str]:
-                    comment += f" ({', '.join(choices)})"
+                    comment += f"; one of {', '.join(choices)}"
                 head = f"  --{key[1]}={default}".ljust(38)
                 lines += textwrap.wrap(f"{head} {comment}", width, subsequent_indent=" " * 39)
     return "\n".join(lines)

@@ -139,7 +139,7 @@ def pointwise_attention(
 
 def terms_of(attn_normalize: int, variant: Pointwise | None, attn_decay: str) -> int:
     """How many terms `normalised_attention` takes. More than one converge only if the weights lie
-    between 0 and 1, as those of a distance do; softmax needs none."""
+    between 0 and 1, as those of GK and GKpoly-n do; softmax needs none."""
     if variant is None or attn_decay == "none":
         return 0
     return attn_normalize if variant.score == "distance" else min(attn_normalize, 1)
@@ -155,7 +155,8 @@ def normalised_attention(
 
         y_i = sum_(n < terms) (1 - s_i)^n sum_j A[i, j] v_j + (1 - s_i)^terms m_i
 
-    No weight is negative where 0 <= s_i <= 1, as for GK and GKpoly-n in its range."""
+    No weight is negative where 0 <= s_i <= 1, as for GK and GKpoly-n in its range. Dropout comes
+    before the sums."""
     y, s = attend(q, k, v, dropout=dropout, visible=visible, reach=reach, sums=True)
     factor, rest = 1.0, 1 - s[..., None]  # (B, nh, T, 1)
     while terms > 1:  # 1 + r + r^2 + r^3 + ... = (1 + r)(1 + r^2)...
@@ -287,7 +288,8 @@ class GPTConfig:
                 require(field.name, allowed.__contains__, f"one of {', '.join(allowed)}")
         require("qk_norm", lambda v: type(v) is bool, "True or False")
         terms = (0, 1, 2, 4, 8, 16, 32)
-        require("attn_normalize", lambda v: whole(v) and v in terms, f"one of {terms}")
+        which = f"one of {', '.join(map(str, terms))}"
+        require("attn_normalize", lambda v: whole(v) and v in terms, which)
         if self.position == "rope":
             even = lambda v: v // self.n_head % 2 == 0
             require("n_embd", even, f"an even multiple of n_head={self.n_head}, as rope needs")
@@ -298,6 +300,8 @@ class GPTConfig:
         if decays or not by_length:  # it means nothing, and nanoGPT does not know it
             self.pa_length_power = GPTConfig.pa_length_power
         self.attn_normalize = terms_of(self.attn_normalize, variant, self.attn_decay)
+        if self.attn_normalize > 1:  # the rows that dropout leaves sum to 1 / (1 - dropout) at most
+            require("dropout", lambda v: v <= 0.5, "at most 0.5, as attn_normalize needs")
 
     def model_args(self) -> dict:
         """What a checkpoint keeps: nanoGPT's seven keys, and of ours those that are not default, so

@@ -76,7 +76,7 @@ class Config:
     attn_type: str = "SM"  # Attention: one of {ATTN_TYPES}
     attn_impl: str = "auto"  # Implementation: reference, blockwise, triton; auto takes the fastest
     attn_decay: Literal["none", "fixed", "learned"] = "none"  # Fade of weights with distance
-    attn_normalize: int = 0  # With a decay: rows of A sum to 1, by 1, 2, 4 ... 32 terms of 1/s
+    attn_normalize: int = 0  # With a decay: weights sum to 1, by so many terms: 1, 2, 4 ... 32
     pa_length_power: float = 1.0  # PA_f divides by block_size to this power; not with attn_decay
     norm: Literal["layer", "rms", "fixed"] = "layer"  # fixed: divides by a constant, see layers.py
     mlp_act: Literal["gelu", "relu-square", "quad", "quartic"] = "gelu"  # See engine/layers.py
@@ -357,8 +357,8 @@ def loop(
         log.say(f"stopped at step {step}; go on with  {resume}")
         return stop
     kept = resumes or (folder / ckpt.BEST).exists()
-    of = "" if kept else " (at step 0, so there is no best.pt)"
-    log.say(f"best val loss {best_val_loss:.4f}{of}; the run is in {os.path.relpath(folder)}")
+    note = "" if kept else " (at step 0, so there is no best.pt)"
+    log.say(f"best val loss {best_val_loss:.4f}{note}; the run is in {os.path.relpath(folder)}")
     log.end(draw=config.plot and step >= PICTURES_FROM)
     return 1 if saver.failed else 0
 

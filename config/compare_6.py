@@ -1,7 +1,7 @@
 # Six layers: softmax and four attentions without it, with and without a public decay, with AdamW
-# and with Muon, at two learning rates and with two seeds. With the decay, the rows of GK and
-# GKpoly-6 sum to 1. 80 runs of 400 steps, three hours on 2 CPU cores; the same command goes on
-# where it was stopped.
+# and with Muon, at two learning rates and with two seeds. With the decay, rows sum to 1: by eight
+# terms for GK and GKpoly-6, by one for the others. 80 runs of 400 steps, three hours on 2 CPU
+# cores; the same command goes on where it was stopped.
 #
 #   python compare.py config/compare_6.py
 #   python compare.py config/compare_6.py --dataset=shakespeare_char --out_dir=out-shakespeare-6

@@ -24,7 +24,8 @@ ASSUMPTIONS = f"""Assumptions
   densely. A bootstrap restores {LEVELS} levels; they are placed where the fewest ciphertexts are
   alive. n counts in depth and in squarings of the scores, and not in rotations or plain products.
 - exp in GK and SM is that of GKpoly-8. SM divides by 12 Goldschmidt steps, and has no maximum.
-- Normalised is attn_normalize=8: three times two products in place of a division, and one with m.
+- Normalised is attn_normalize=8: five products for 1 + r + ... + r^7 and r^8, and one each with A v
+  and the mean.
 - gelu, sigmoid, silu, tanh and softplus are polynomials of degree 31: 5 levels, 11 products.
 - relu is x (1 + sign x) / 2, with a sign of degree 15 x 15 x 27: 14 levels, 27 products
   (eprint.iacr.org/2020/834)."""

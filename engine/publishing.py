@@ -61,7 +61,14 @@ def formula(config: GPTConfig) -> str:
     x = {"dot": "q_i.k_j / sqrt(hs)", "distance": "-|q_i - k_j|^2 / (2 sqrt(hs))"}[variant.score]
     what = f"`{f}` with `x = {x}`, where `hs` is the size of a head"
     if decays:
-        return f"{what}, `r_h` the reach of head h, and `s_i` the sum of exp(-d / r_h) over d <= i."
+        what += ", `r_h` the reach of head h, and `s_i` the sum of exp(-d / r_h) over d <= i."
+        if terms := config.attn_normalize:
+            series = "1" if terms == 1 else f"1 + (1 - a_i) + ... + (1 - a_i)^{terms - 1}"
+            what += (
+                f" So that each row sums to 1, with `a_i` its sum, these weights are multiplied by "
+                f"`{series}`, and `(1 - a_i)^{terms} exp(-(i - j) / r_h) / s_i` is added."
+            )
+        return what
     return f"{what}. The weights of a row are not normalised."
 
 

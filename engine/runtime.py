@@ -100,7 +100,7 @@ class Runtime:
         """The model to train: under DDP, if there are several ranks and it is not sharded."""
         if self.world_size > 1 and not self.shard:
             devices = [torch.device(self.device).index] if self.device_type == "cuda" else None
-            # It sends rank 0's buffers before a step, when those of all are equal, see layers.track
+            # DDP sends rank 0's buffers before a step, when all have the same: see layers.track
             model = DistributedDataParallel(model, device_ids=devices)
         return model
 

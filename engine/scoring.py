@@ -82,6 +82,7 @@ def run_evaluation(
         if rt.is_main:
             try:
                 write_rows(rows, about, Path(config.out_dir))
+                unwritten = None
             except UserError as error:
                 unwritten = error
     if rt.is_main and rows:

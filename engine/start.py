@@ -272,13 +272,17 @@ def matching_steps(config) -> int:
 
 
 def check_effect(config, given: dict, rt: Runtime) -> None:
-    """Raise UserError if the model has no use for attn_normalize. Print a line on anneal_iters,
-    which config files set, if it has no effect or no end. `config` has the keys of the model."""
+    """Raise UserError if the model has no use for attn_normalize. Print a line if it takes fewer
+    terms, and on anneal_iters, which config files set, if it has no effect or no end. `config` has
+    the keys of the model."""
     terms, uses = given.get("attn_normalize"), config.attn_normalize
-    if terms and terms != uses and config.attn_type != "SM":  # softmax's rows sum to 1
-        needed = "GK or GKpoly-n" if uses else "--attn_decay=fixed or learned"
-        problem = f"attn_normalize={terms} does nothing without {needed}"
-        raise UserError(f"{problem}; pass it, or --attn_normalize={uses}")
+    if terms and not uses and config.attn_type != "SM":  # softmax's rows sum to 1
+        repair = "pass --attn_decay=fixed or learned, or --attn_normalize=0"
+        raise UserError(f"attn_normalize={terms} does nothing without --attn_decay; {repair}")
+    if terms and uses not in (0, terms):
+        rt.print(
+            f"attn_normalize={terms}: {config.attn_type} takes {uses}, as its sums may exceed 1"
+        )
     if not config.anneal_iters or config.eval_only:
         return
     annealing = f"anneal_iters={config.anneal_iters}"

@@ -443,7 +443,7 @@ def attention(name: str, variant, divisor: float) -> Callable[..., Tensor]:
     (q, k, v, dropout=0.0, reach=None, sums=False) -> y for q, k, v (B, nh, T, hs) of one dtype and
     any strides, and with a public decay the reach of each head, (nh,). v may be wider or narrower
     than q and k. y has the shape of v, with its heads last in memory; dropout is of weights. With
-    `sums` the result is y and the row sums of A, (B, nh, T) in float32 at least. A later call with
+    `sums` the result is y and the row sums of A, (B, nh, T), as precise as y. A later call with
     the same name and another entry changes what the earlier callables compute."""
     f_ = hand_written(name, variant.f) or partial(by_autograd_, f=variant.f)
     REGISTERED[name] = variant.score, f_

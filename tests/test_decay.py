@@ -332,6 +332,8 @@ def test_terms_without_a_use_are_left_out():
     for wrong in (3, True, -1, 64):
         with pytest.raises(ValueError, match=f"attn_normalize={wrong} is not one of .*0, 1, 2, 4,"):
             GPTConfig(attn_normalize=wrong)
+    with pytest.raises(ValueError, match="dropout=0.6 is not at most 0.5, as attn_normalize needs"):
+        GPTConfig(attn_type="GK", attn_decay="fixed", attn_normalize=2, dropout=0.6)
 
 
 # ----------------------------------------------------------------------------

@@ -71,6 +71,10 @@ def test_a_softmax_model_is_loaded_without_code(run, run_train, tmp_path):
         ({"attn_type": "GKpoly-4"}, "`(1 + x / 2^4)^(2^4)` with `x = -|q_i"),
         ({"attn_type": "PA_relu-square", "pa_length": 9}, "`relu-square(x) / 9^1` with `x = q_i."),
         ({"attn_type": "GK", "attn_decay": "learned"}, "`exp(x) exp(-(i - j) / r_h) / s_i`"),
+        (
+            {"attn_type": "GK", "attn_decay": "fixed", "attn_normalize": 8},
+            "`1 + (1 - a_i) + ... + (1 - a_i)^7`, and `(1 - a_i)^8 exp(-(i - j) / r_h) / s_i` is",
+        ),
     ],
 )
 def test_the_formula_is_that_of_the_model(args, expected):

@@ -273,3 +273,9 @@ def test_the_config_files_of_nanogpt_train_or_ask_for_their_data_set(run, tmp_pa
         with pytest.raises(Failed, match="names no data set; pass --dataset=NAME: .*openwebtext"):
             run("train", f"{name}.py", *small)
     assert "step 1: train loss" in run("train", f"{name}.py", *small, "--dataset=abc")
+
+
+def test_an_attention_that_takes_fewer_terms_says_so(run_train):
+    given = ["--out_dir=run", "--attn_type=PA_relu", "--attn_decay=fixed", "--attn_normalize=8"]
+    assert "attn_normalize=8: PA_relu takes 1" in run_train(*given)
+    run_train(*given, "--init_from=resume")

@@ -369,8 +369,6 @@ def test_block_sizes_neither_serialise_nor_spill(kernel, mode):
 )
 @pytest.mark.parametrize("kernel, mode", CASES)
 def test_no_shipped_configuration_serialises_or_spills(kernel, mode, head_size, names):
-    if "sums" in mode:
-        names = [name for name in names if model.can_normalize(model.parse_attn_type(name))]
     found = {name: faults(kernel, mode, name, head_size) for name in names}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
