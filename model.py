@@ -149,16 +149,16 @@ def normalised_attention(
     attend: Callable[..., Tensor], terms: int, q: Tensor, k: Tensor, v: Tensor, dropout, visible,
     reach: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A with rows of sum 1, by additions and products alone: 1 / s_i = sum_n (1 - s_i)^n, where s_i
+    """A with rows of sum 1, by additions and products alone: 1 / a_i = sum_n (1 - a_i)^n, where a_i
     is the sum of row i. The first `terms` terms, a power of two, divide the weights; the mean m_i
     of v under the decay alone gets what is left of 1:
 
-        y_i = sum_(n < terms) (1 - s_i)^n sum_j A[i, j] v_j + (1 - s_i)^terms m_i
+        y_i = sum_(n < terms) (1 - a_i)^n sum_j A[i, j] v_j + (1 - a_i)^terms m_i
 
-    No weight is negative where 0 <= s_i <= 1, as for GK and GKpoly-n in its range. Dropout comes
+    No weight is negative where 0 <= a_i <= 1, as for GK and GKpoly-n in its range. Dropout comes
     before the sums."""
-    y, s = attend(q, k, v, dropout=dropout, visible=visible, reach=reach, sums=True)
-    factor, rest = 1.0, 1 - s[..., None]  # (B, nh, T, 1)
+    y, a = attend(q, k, v, dropout=dropout, visible=visible, reach=reach, sums=True)
+    factor, rest = 1.0, 1 - a[..., None]  # (B, nh, T, 1)
     while terms > 1:  # 1 + r + r^2 + r^3 + ... = (1 + r)(1 + r^2)...
         factor, rest, terms = factor * (1 + rest), rest * rest, terms // 2
     return (factor * y + rest * decay.mean(v, q.size(2), visible, reach)).to(v.dtype)
