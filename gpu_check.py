@@ -133,7 +133,7 @@ def assemble(kernel: str, name: str, hs: int, decays: bool) -> dict:
 
     q, k, v = torch.empty(1, 1024, 3, 12, hs, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     with tuning.for_hopper():
-        blocks = triton_kernels.blocks_for(kernel, q)
+        blocks = triton_kernels.blocks_for(kernel, q, decays)
         compiled = tuning.compile_kernel(kernel, blocks, q, k, v, name, decays)
         return tuning.usage(compiled)._asdict()
 

@@ -19,7 +19,7 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-dropout = 0.2
+dropout = 0.2  # the Triton kernels have none: with 0.0, a GPU uses them
 
 batch_size = 64
 gradient_accumulation_steps = 1

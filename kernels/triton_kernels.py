@@ -582,6 +582,7 @@ BLOCKS_DECAY = BLOCKS | {
     ("dq", 64): Blocks(64, 64, 4, 3),  # 211, 0 B, 65 KB, 2; a learned reach: 255, 32 B
     ("dq", 128): Blocks(64, 64, 8, 3),  # 239, 0 B, 129 KB, 1; a learned reach: 255, 96 B
 }
+BLOCKS_SUMS = BLOCKS_DECAY | {("forward", 64): Blocks(64, 64, 4, 3)}  # 178, 0 B, 57 KB, 2
 # float32 in full precision runs on the ordinary cores, its operands in registers: small tiles
 BLOCKS_FLOAT32 = {
     **dict.fromkeys(BLOCKS, Blocks(32, 32, 8, 2)),
@@ -608,9 +609,9 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def blocks_for(kernel: str, q: Tensor, decays: bool = False) -> Blocks:
+def blocks_for(kernel: str, q: Tensor, decays: bool = False, sums: bool = False) -> Blocks:
     """The block sizes of a kernel for these inputs."""
-    table = BLOCKS_DECAY if decays else BLOCKS
+    table = BLOCKS_SUMS if sums else BLOCKS_DECAY if decays else BLOCKS
     table = BLOCKS_FLOAT32 if q.dtype == torch.float32 else table
     blocks = table[kernel, max(64, padded(q.size(-1)))]
     if shared_bytes(q.device) < HOPPER_SHARED_BYTES:
@@ -748,7 +749,8 @@ def _launch(
     rates: Tensor | None, S: Tensor | None,
 ) -> None:  # fmt: skip
     """Start one program of a kernel per head and block."""
-    blocks = blocks_for(kernel, tensors[0], rates is not None)
+    sums = kernel == "forward" and tensors[4] is not None
+    blocks = blocks_for(kernel, tensors[0], rates is not None, sums)
     args, options = _arguments(kernel, blocks, tensors, name, divisor, rates, S)
     KERNELS[kernel][options.pop("grid")](*args, **options)
 
