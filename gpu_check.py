@@ -228,7 +228,7 @@ def attention_alone(task: Task) -> Rows:
     for name in ("GK", "GKpoly-8", "PA_relu", "PA_gelu"):
         kinds[name] = lambda T, name=name: partial(triton_attention, name=name, divisor=1.0)
     wrap = torch.compile if task.rt.compile else lambda attend: attend
-    for terms in (0, 4):
+    for terms in (0, 8):
         make = partial(attention, "GK", attn_decay="fixed", attn_normalize=terms)
         kinds[f"GK decay, {terms} terms"] = lambda T, make=make: wrap(make(T))
     if task.rt.device_type == "cuda":
