@@ -228,7 +228,8 @@ def attention(
         chosen = "reference"
         if visible is None and q.size(2) == k.size(2):  # else generation, with a key-value cache
             small = choice.is_small(*q.shape[:3])
-            chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, dropout, small)
+            drops = 1.0 if dropout else 0.0  # a constant, even where torch.compile has a symbol
+            chosen = choose(impl, attn_type, q.size(-1), q.dtype, q.device, drops, small)
         if chosen == "reference":
             return pointwise_attention(q, k, v, variant, divisor, dropout, visible, reach, sums)
         fast = by_blocks
